@@ -1,0 +1,268 @@
+"""The nouns every room shares, and the tree of errors.
+
+Knows: what an expert, an event, a plan and a counter are: plain values and their arithmetic.
+Does not know: files, tensors, threads, clocks, transformers. Imports the standard library only.
+
+Units, everywhere: bytes are integers, times are seconds as floats, bandwidths are bytes per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import NamedTuple
+
+# --------------------------------------------------------------------------------------- errors
+
+
+class UnderstudyError(Exception):
+    """Anything a user can cause or cure. Its text is one line that names the cure."""
+
+
+class CheckpointError(UnderstudyError):
+    """The checkpoint cannot be run as it lies on disk: missing, damaged, not a MoE, pickled, ..."""
+
+
+class UnsupportedFamily(CheckpointError):
+    """The model family has no experts interface, or stores its experts in a way we cannot read."""
+
+
+class QuantizedExperts(CheckpointError):
+    """The experts are stored in a format that is not supported yet (MXFP4, FP8, int4, ...)."""
+
+
+class BudgetTooSmall(UnderstudyError):
+    """The memory budget cannot hold the dense weights and two experts. Carries what would do."""
+
+    def __init__(self, message: str, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+
+
+class ContextTooLong(UnderstudyError):
+    """The prompt and the new tokens do not fit the context that was planned for."""
+
+
+class NotEnoughDisk(UnderstudyError):
+    """A file that would be written does not fit on its disk. Nothing was written."""
+
+
+class UnknownName(UnderstudyError):
+    """No policy, predictor or evictor of that name. The text suggests the nearest one."""
+
+
+class ReadFailed(UnderstudyError):
+    """An expert could not be read: disk error, or its file changed or shrank while running."""
+
+
+class NotInThisModel(UnderstudyError):
+    """Asked of a loaded model what only a fully resident one can do (save, cast, train)."""
+
+
+# ------------------------------------------------------------------------------------- the experts
+
+STORED = "stored"  # the only format so far: the bytes as they lie in the checkpoint
+
+
+class ExpertId(NamedTuple):
+    """One expert of one MoE layer.
+
+    ``layer`` counts MoE layers in the order of the forward pass, from 0; it is not the index of the
+    decoder layer (hybrids have decoder layers without experts).
+    """
+
+    layer: int
+    expert: int
+
+
+class Tier(Enum):
+    """Where bytes can lie, slowest first."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class ByteRange(NamedTuple):
+    """``nbytes`` bytes at ``offset`` of file number ``file`` of a checkpoint."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A strided view of one matrix (or bias) inside the bytes of one expert.
+
+    ``read``: index into ``ExpertLayout.reads``; ``start``: first byte, counted from the start of
+    that read; ``dtype``: torch's name without ``torch.`` ("bfloat16"); ``shape`` and ``strides``
+    (in elements) as ``torch.as_strided`` takes them. Orientation is that of the Experts module's
+    own parameter (``[out, in]``, or ``[in, out]`` where the family is transposed), without the
+    expert axis.
+    """
+
+    read: int
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """How one expert lies on disk and how its bytes become the module's parameters.
+
+    ``reads``: the byte ranges to fetch, adjacent ones merged, in file order. ``params``: the name
+    of the module's parameter ("gate_up_proj", "down_proj", "up_proj", "..._bias") -> its pieces, in
+    order along the *output* axis (one piece when it lies contiguous, else e.g. gate, then up).
+    """
+
+    reads: tuple[ByteRange, ...]
+    params: Mapping[str, tuple[Piece, ...]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that must come from disk for this expert (before rounding to pages)."""
+        return sum(r.nbytes for r in self.reads)
+
+
+# ------------------------------------------------------------------------------- events and plans
+
+
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Measured numbers a mind may weigh. Zero means: not measured yet."""
+
+    link_bandwidth: float = 0.0  # bytes/s that demand loads achieved lately
+    link_idle: float = 0.0  # share of the time the link had nothing to do, 0..1
+    queued: int = 0  # demand reads waiting now
+
+
+class Guess(NamedTuple):
+    """This expert will be needed with this probability, so many MoE layers from now."""
+
+    expert: ExpertId
+    probability: float
+    layers_until: int
+
+
+@dataclass(slots=True)
+class LayerEvent:
+    """All that one (step, MoE layer) needs, as plain values. Event-atomic: house, principle 4.
+
+    ``ids`` and ``weights`` are per (token, rank), padding tokens already left out. ``requests`` is
+    the request of each token. ``lookahead`` maps a later MoE layer to per-token, per-rank expert
+    ids and weights, as that layer's own router scored the current router input (empty: not
+    available).
+    ``scores``: full router scores per token, where a policy asked for them.
+    """
+
+    step: int
+    layer: int
+    phase: Phase
+    ids: Sequence[Sequence[int]]
+    weights: Sequence[Sequence[float]] = ()
+    requests: Sequence[int] = ()
+    scores: Sequence[Sequence[float]] | None = None
+    lookahead: Mapping[int, tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]] = field(
+        default_factory=dict
+    )
+    costs: Costs = Costs()
+
+    def needed(self) -> dict[int, int]:
+        """expert -> number of tokens, in order of *last* use: the end of the prompt comes last."""
+        count: dict[int, int] = {}
+        for row in self.ids:
+            for e in row:
+                count[e] = count.pop(e, 0) + 1
+        return count
+
+
+class Load(NamedTuple):
+    """Fetch ``expert`` into the slot of ``victim`` (``None``: a free slot).
+
+    A victim that this same event needs is an earlier expert of ``LayerPlan.order``: the load may
+    start only after that one has been computed. That is how an event larger than the slots runs in
+    waves.
+    """
+
+    expert: ExpertId
+    victim: ExpertId | None
+
+
+@dataclass(slots=True)
+class LayerPlan:
+    """What the runtime does for one event. Everything about *which* and *in what order*, nothing
+    about how.
+
+    ``hits`` are READY now; ``late`` are on their way because somebody speculated; ``loads`` are
+    issued in this order, before any speculation; ``order`` is the order in which experts *may* be
+    computed first (the runtime takes whatever is READY, earliest in this order first); ``prefetch``
+    replaces all queued speculation.
+    """
+
+    layer: int
+    hits: tuple[ExpertId, ...]
+    late: tuple[ExpertId, ...]
+    loads: tuple[Load, ...]
+    order: tuple[ExpertId, ...]
+    prefetch: tuple[Guess, ...] = ()
+
+
+# ------------------------------------------------------------------------------------- counters
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened, counted by the hands (never by a policy). Monotonic; subtract two snapshots.
+
+    hit: resident at lookup. late: in flight at lookup. miss: neither. One lookup per (event,
+    expert).
+    Stall: seconds the compute thread waited for an expert.
+    """
+
+    events: int = 0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    substituted: int = 0
+    skipped: int = 0
+    evictions: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    prefetch_issued: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    wasted_bytes: int = 0
+    stall_seconds: float = 0.0
+    expert_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+
+    @property
+    def lookups(self) -> int:
+        return self.hits + self.late + self.misses
+
+    @property
+    def bytes_read(self) -> int:
+        """Every byte asked of the slower tier, useful or not."""
+        return self.demand_bytes + self.prefetch_bytes
+
+    def copy(self) -> Counters:
+        return Counters(*(getattr(self, f.name) for f in fields(self)))
+
+    def __sub__(self, earlier: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+    def as_dict(self) -> dict[str, int | float]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
