@@ -1,0 +1,102 @@
+"""A name -> the object behind it: how `--evictor lfu` finds its class.
+
+Knows: the names of the built-in policies, where each one lives, and how other packages add theirs
+(an entry point, or one call of `register`).
+Does not know: what a policy does. Nothing is imported before somebody asks for it by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from understudy.core import UnknownName
+
+
+class Registry:
+    """The known names of one kind of thing, in the order in which they were added.
+
+    ``builtin`` maps a name to ``"module:attribute"``. Other packages add names through the entry
+    point ``group``; a built-in name or a registered one always wins over an entry point, so that
+    installing a package never changes what an existing command line does.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str], group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtin = dict(builtin)
+        self._objects: dict[str, Any] = {}
+        self._foreign: dict[str, EntryPoint] | None = None
+
+    def register(self, name: str, thing: Any) -> None:
+        """Make ``thing`` known as ``name``; a later registration replaces an earlier one."""
+        self._objects[name] = thing
+
+    def names(self) -> tuple[str, ...]:
+        """Every name that `get` accepts: built-in, then registered, then of other packages."""
+        return tuple(dict.fromkeys([*self._builtin, *self._objects, *self._entry_points()]))
+
+    def get(self, name: str) -> Any:
+        """The object called ``name``, imported now if it was not before."""
+        if name not in self._objects:
+            self._objects[name] = self._load(name)
+        return self._objects[name]
+
+    def _load(self, name: str) -> Any:
+        if name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            return getattr(import_module(module), attribute)
+        if name in self._entry_points():
+            return self._entry_points()[name].load()
+        raise UnknownName(self._complaint(name))
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        if self._foreign is None:  # reading the metadata of every installed package is slow: once
+            self._foreign = {e.name: e for e in entry_points(group=self.group)}
+        return self._foreign
+
+    def _complaint(self, name: str) -> str:
+        known = self.names()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"no {self.kind} named {name!r}{hint} Known: {', '.join(known)}"
+
+
+EVICTORS = Registry(
+    "evictor",
+    {
+        "lru": "understudy.policies.evict:Lru",
+        "lru-global": "understudy.policies.evict:LruGlobal",
+        "lru-layer": "understudy.policies.evict:LruLayer",
+        "lfu": "understudy.policies.evict:Lfu",
+        "lfru": "understudy.policies.evict:Lfru",
+        "belady": "understudy.policies.evict:Belady",
+    },
+    group="understudy.evictors",
+)
+
+PREDICTORS = Registry(
+    "predictor",
+    {
+        "none": "understudy.policies.predict:NoPrediction",
+        "last-token": "understudy.policies.predict:LastToken",
+        "popularity": "understudy.policies.predict:Popularity",
+        "next-gate": "understudy.policies.predict:NextGate",
+    },
+    group="understudy.predictors",
+)
+
+RESOLVERS = Registry(
+    "resolver",
+    {"fetch": "understudy.policies.resolve:Fetch"},
+    group="understudy.resolvers",
+)
+
+ROUTES = Registry(
+    "route transform",
+    {"as-routed": "understudy.policies.route:AsRouted"},
+    group="understudy.routes",
+)
