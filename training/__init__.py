@@ -1,0 +1,1 @@
+"""What trained the small reference models in `models/`; none of it is needed to run them."""
