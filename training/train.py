@@ -18,6 +18,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from training import data, export, moe, tokenizer
@@ -50,6 +51,9 @@ class Recipe:
 
 # --- batches ---------------------------------------------------------------------------------
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs, targets, loss weights that add up to one."""
+
 
 class Batches:
     """Batch number n is always the same batch, so a continued run sees what it would have seen."""
@@ -63,8 +67,7 @@ class Batches:
             for name in data.ALIGNED
         }
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(inputs, targets, loss weights that add up to one)."""
+    def __getitem__(self, number: int) -> Batch:
         rng = np.random.default_rng((self.recipe.seed, number))
         shares = [data.MIX[name] for name in data.DOMAINS]
         names = rng.choice(len(data.DOMAINS), size=self.recipe.rows, p=shares)
@@ -170,13 +173,13 @@ def _norm(grad: Tensor) -> Tensor:
 class AdamW:
     """fp32 master weights and moments behind the model's flat bf16 weights."""
 
-    def __init__(self, parameters: moe.Parameters, recipe: Recipe) -> None:
+    def __init__(self, parameters: moe.Parameters, recipe: Recipe, compiled: bool) -> None:
         self.parameters, self.recipe = parameters, recipe
         self.master = parameters.flat.detach().float().clone()
         self.mean = torch.zeros_like(self.master)
         self.square = torch.zeros_like(self.master)
-        self.update = torch.compile(_adamw, dynamic=False)
-        self.norm = torch.compile(_norm, dynamic=False)
+        self.update = torch.compile(_adamw, dynamic=False) if compiled else _adamw
+        self.norm = torch.compile(_norm, dynamic=False) if compiled else _norm
 
     @torch.no_grad()
     def step(self, number: int, rate: float) -> float:
@@ -198,45 +201,35 @@ class AdamW:
 
 
 class Run:
-    """A training run: model, optimizer, clock, and the checkpoint they survive in."""
+    """Model and optimizer, and the checkpoint in which they survive."""
 
-    def __init__(self, name: str, recipe: Recipe, minutes: float, until: float | None, work: Path):
-        self.shape, self.recipe, self.name = SHAPES[name], recipe, name
-        self.path = work / f"{name}.checkpoint.pt"
-        torch.manual_seed(recipe.seed)
-        self.model = moe.Model(self.shape)
-        self.step, used, self.losses = 0, 0.0, [0.0, 0.0]
-        saved = torch.load(self.path, weights_only=True) if self.path.exists() else None
-        flat = self.model.parameters.flat
-        with torch.no_grad():
-            if saved is None:
-                start = torch.zeros_like(flat, dtype=torch.float32)
-                moe.initialize(self.shape, start, recipe.seed)
-                flat.copy_(start)
-        self.optimizer = AdamW(self.model.parameters, recipe)
-        if saved is not None:
-            self._restore(saved)
-            used = float(saved["used"])
-        elif saved is None:
-            self.optimizer.master.copy_(start)
-        self.clock = Clock(minutes, until, used)
-
-    def _restore(self, saved: dict[str, Tensor]) -> None:
-        self.step = int(saved["step"])
-        for name in ("master", "mean", "square"):
-            getattr(self.optimizer, name).copy_(saved[name])
+    def __init__(self, shape: moe.Shape, recipe: Recipe, path: Path, compiled: bool = True) -> None:
+        self.recipe, self.path = recipe, path
+        self.step, self.used = 0, 0.0
+        self.model = moe.Model(shape, compiled=compiled)
+        self.optimizer = AdamW(self.model.parameters, recipe, compiled)
+        if path.exists():
+            self._restore()
+        else:
+            moe.initialize(shape, self.optimizer.master, recipe.seed)
         with torch.no_grad():
             self.model.parameters.flat.copy_(self.optimizer.master)
+
+    def _restore(self) -> None:
+        saved = torch.load(self.path, weights_only=True)
+        self.step, self.used = int(saved["step"]), float(saved["used"])
+        for name in ("master", "mean", "square"):
+            getattr(self.optimizer, name).copy_(saved[name])
 
     def save(self) -> None:
         """Write everything needed to continue, then put it in place in one move."""
         parts = {name: getattr(self.optimizer, name) for name in ("master", "mean", "square")}
-        numbers = {"step": torch.tensor(self.step), "used": torch.tensor(self.clock.used)}
+        numbers = {"step": torch.tensor(self.step), "used": torch.tensor(self.used)}
         fresh = self.path.with_suffix(".fresh")
         torch.save(parts | numbers, fresh)
         os.replace(fresh, self.path)
 
-    def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    def train_step(self, batch: Batch, progress: float) -> dict[str, float]:
         """One batch forward, backward, update; returns what the log shows."""
         parameters = self.model.parameters
         parameters.zero_grad()
@@ -244,7 +237,7 @@ class Run:
         total = result.loss + self.recipe.balance * result.balance.mean()
         torch.autograd.backward(total)
         parameters.finish_grad()
-        rate = rate_now(self.recipe, self.step, self.clock.progress)
+        rate = rate_now(self.recipe, self.step, progress)
         norm = self.optimizer.step(self.step, rate)
         self.step += 1
         share = result.counts.float() / result.counts.sum(-1, keepdim=True)
@@ -257,23 +250,20 @@ class Run:
         }
 
 
-def train(run: Run, batches: Batches, save_minutes: float, log_steps: int) -> bool:
+def train(
+    run: Run, clock: Clock, batches: Batches, save_minutes: float = 10, log_steps: int = 20
+) -> bool:
     """Until the time is up (true) or the process is asked to end (false). Saves in both cases."""
-    asked: list[int] = []
-
-    def remember(signal_number: int, _frame: FrameType | None) -> None:
-        asked.append(signal_number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
+    asked = _listen()
     saved, tokens, seconds = time.monotonic(), 0, 0.0
-    while run.clock.progress < 1 and not asked:
+    while clock.progress < 1 and not asked:
         batch = batches[run.step]
-        line = run.train_step(batch)
-        seconds += run.clock.tick()
+        line = run.train_step(batch, clock.progress)
+        seconds += clock.tick()
+        run.used = clock.used
         tokens += batch[0].numel()
         if run.step % log_steps == 0:
-            line |= {"step": run.step, "progress": run.clock.progress, "speed": tokens / seconds}
+            line |= {"step": run.step, "progress": clock.progress, "speed": tokens / seconds}
             print(json.dumps({key: round(one, 5) for key, one in line.items()}), flush=True)
             tokens, seconds = 0, 0.0
         if time.monotonic() - saved > 60 * save_minutes:
@@ -283,18 +273,28 @@ def train(run: Run, batches: Batches, save_minutes: float, log_steps: int) -> bo
     return not asked
 
 
-def finish(run: Run, work: Path, out: Path) -> None:
-    """Weights, tokenizer and the facts only this run knows, for the card."""
-    from tokenizers import Tokenizer
+def _listen() -> list[int]:
+    """A list that fills when the process is asked to end, so that it ends between two steps."""
+    asked: list[int] = []
 
-    export.write(run.shape, run.model.parameters.weight, out)
-    tokenizer.save(Tokenizer.from_file(str(work / "tokenizer.json")), out, run.shape.positions)
-    per_step = run.recipe.rows * run.shape.context
+    def remember(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember)
+    return asked
+
+
+def finish(run: Run, name: str, work: Path, out: Path) -> None:
+    """Weights, tokenizer and the facts only this run knows, for the card."""
+    shape = run.model.shape
+    export.write(shape, run.model.parameters.weight, out)
+    tokenizer.save(Tokenizer.from_file(str(work / "tokenizer.json")), out, shape.positions)
     facts = {
-        "name": run.name,
+        "name": name,
         "steps": run.step,
-        "tokens": run.step * per_step,
-        "seconds": round(run.clock.used),
+        "tokens": run.step * run.recipe.rows * shape.context,
+        "seconds": round(run.used),
         "threads": torch.get_num_threads(),
         "recipe": dataclasses.asdict(run.recipe),
         "mix": data.MIX,
@@ -302,28 +302,32 @@ def finish(run: Run, work: Path, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Command line: train, or continue where the checkpoint stands."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="token files, checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="where the weights go at the end")
-    parser.add_argument("--minutes", type=float, default=85.0)
+    parser.add_argument("--minutes", type=float, default=100.0, help="0: write the weights as is")
     parser.add_argument("--until", type=parse_until, help="HH:MM (UTC), the end in any case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=Recipe.rate)
     parser.add_argument("--balance", type=float, default=Recipe.balance)
-    parser.add_argument("--save-minutes", type=float, default=10.0)
-    parser.add_argument("--log-steps", type=int, default=20)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line: train, or continue where the checkpoint stands."""
+    arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    data.prepare(arguments.data, arguments.work / "tokens")
+    tokens = arguments.work / "tokens"
+    data.prepare(arguments.data, tokens)
     recipe = Recipe(rate=arguments.rate, balance=arguments.balance)
-    run = Run(arguments.name, recipe, arguments.minutes, arguments.until, arguments.work)
-    batches = Batches(arguments.work / "tokens", recipe, run.shape.context)
-    if train(run, batches, arguments.save_minutes, arguments.log_steps):
-        finish(run, arguments.work / "tokens", arguments.out)
+    shape = SHAPES[arguments.name]
+    run = Run(shape, recipe, arguments.work / f"{arguments.name}.checkpoint.pt")
+    clock = Clock(arguments.minutes, arguments.until, run.used)
+    if train(run, clock, Batches(tokens, recipe, shape.context)):
+        finish(run, arguments.name, tokens, arguments.out)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_answers_are_right(task: str, level: int) -> None:
 @pytest.mark.parametrize(("task", "level"), CASES)
 def test_same_seed_same_problem(task: str, level: int) -> None:
     assert tasks.make(task, level, 7) == tasks.make(task, level, 7)
-    assert len({tasks.make(task, level, seed).prompt for seed in range(60)}) > 30
+    assert len({tasks.make(task, level, seed).prompt for seed in range(60)}) > 20
 
 
 def test_levels_get_longer() -> None:
