@@ -9,9 +9,10 @@ Units, everywhere: bytes are integers, times are seconds as floats, bandwidths a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # --------------------------------------------------------------------------------------- errors
 
@@ -134,6 +135,27 @@ class ExpertLayout:
 class Phase(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Forward:
+    """What belongs to one forward pass and travels with it (house, principle 10).
+
+    ``rows``: which rows of the flattened batch are real tokens, as a boolean tensor, or ``None``
+    where all are. ``requests``: the request of each row. ``router_args``: MoE layer -> what its
+    router was called with last.
+    """
+
+    step: int
+    phase: Phase
+    rows: Any = None
+    requests: Sequence[int] = ()
+    router_args: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    started: float = 0.0
+
+
+# Greenlets and threads each see their own. None: somebody called a part of the model directly.
+current_forward: ContextVar[Forward | None] = ContextVar("current_forward", default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,245 @@
+"""The seam: carries out one `LayerPlan` per MoE layer and step.
+
+Knows: the director (a mind), the transfer queue, the store, the expert MLPs, the clock. Does not
+know: transformers, or why a plan is what it is.
+
+    event -> decide -> start loads -> compute what is there, then each load as it lands
+          -> offer speculation to the idle link -> sum in fixed order -> release
+
+Look-up, load, compute and release of one event are one critical section; a forward that is parked
+outside it holds nothing. All state of one forward is in its `Forward`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from understudy.core import (
+    Costs,
+    Counters,
+    ExpertId,
+    Forward,
+    LayerEvent,
+    LayerPlan,
+    Phase,
+    current_forward,
+)
+from understudy.experts.compute import Batch, ExpertMlp
+from understudy.experts.lookahead import Lookahead
+from understudy.experts.store import Store
+from understudy.experts.transfer import TransferQueue
+from understudy.policies.director import Director
+
+
+class Runtime:
+    """Answers every experts call of one model. Re-entrant between events, locked within one."""
+
+    def __init__(
+        self,
+        *,
+        director: Director,
+        store: Store,
+        transfer: TransferQueue,
+        lock: threading.Condition,
+        mlps: Sequence[ExpertMlp],
+        lookahead: Lookahead,
+    ) -> None:
+        self.director, self.store, self.transfer = director, store, transfer
+        self.mlps, self.lookahead = mlps, lookahead
+        self.recording: list[LayerEvent] | None = None
+        self._lock = lock
+        self._section = threading.Lock()
+        self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
+
+    @property
+    def counters(self) -> Counters:
+        """A snapshot of everything counted so far."""
+        with self._lock:
+            total = self.director.counters.copy()
+            total.prefetch_cancelled = self.transfer.cancelled
+        for name in ("stall_seconds", "expert_seconds", "steps", "tokens"):
+            setattr(total, name, getattr(self._clock, name))
+        return total
+
+    # --------------------------------------------------------------------------- around a forward
+
+    def begin(self, forward: Forward) -> None:
+        """A forward pass of the whole model starts."""
+        forward.started = time.perf_counter()
+
+    def end(self, forward: Forward) -> None:
+        """It is over; decode steps tell the switch how long they took."""
+        seconds = time.perf_counter() - forward.started
+        self._clock.steps += 1
+        if forward.phase is Phase.DECODE:
+            with self._lock:
+                self.director.switch.record(seconds)
+
+    # ---------------------------------------------------------------------------------- the seam
+
+    def __call__(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]. ``layer`` counts MoE layers."""
+        with torch.no_grad(), self._section:
+            forward = current_forward.get()
+            rows = _real_rows(forward, len(hidden))
+            if rows is None:
+                return self._event(forward, layer, hidden, ids, weights, None)
+            out = torch.zeros_like(hidden)
+            if rows.any():
+                part = self._event(forward, layer, hidden[rows], ids[rows], weights[rows], rows)
+                out[rows] = part
+            return out
+
+    def _event(
+        self,
+        forward: Forward | None,
+        layer: int,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if len(x) == 0:
+            return torch.zeros_like(x)
+        started, stalled = time.perf_counter(), self._clock.stall_seconds
+        event = self._describe(forward, layer, ids, weights, rows)
+        batch = Batch(x, ids, weights)
+        self._carry_out(event, batch)
+        stall = self._clock.stall_seconds - stalled
+        self._clock.expert_seconds += time.perf_counter() - started - stall
+        if layer == 0:
+            self._clock.tokens += len(x)
+        return batch.sum()
+
+    def _describe(
+        self,
+        forward: Forward | None,
+        layer: int,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> LayerEvent:
+        default = Phase.PREFILL if len(ids) > 1 else Phase.DECODE
+        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        meter = self.transfer.meter
+        event = LayerEvent(
+            step=forward.step if forward else self._clock.steps,
+            layer=layer,
+            phase=forward.phase if forward else default,
+            ids=ids.tolist(),
+            weights=weights.float().tolist(),
+            requests=forward.requests if forward else (),
+            lookahead=self.lookahead.ask(forward, layer, depth, rows) if depth else {},
+            costs=Costs(meter.bandwidth, meter.idle, self.transfer.queued),
+        )
+        if self.recording is not None:
+            self.recording.append(event)
+        return event
+
+    def _carry_out(self, event: LayerEvent, batch: Batch) -> None:
+        mlp = self.mlps[event.layer]
+        with self._lock:
+            self.transfer.speculate(())  # what was queued was a guess about now
+            errand = _Errand(self.director, self.transfer, self.director.decide(event))
+        try:
+            while errand.todo:
+                with self._lock:
+                    expert, slot = errand.next_ready()
+                batch.compute(expert.expert, mlp, self.store.weights(expert, slot))
+                with self._lock:
+                    errand.computed(expert)
+        finally:
+            with self._lock:
+                errand.release()
+            self._clock.stall_seconds += errand.stall_seconds
+
+    # ------------------------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Stop reading and give the memory back. Later calls of the model fail."""
+        self.transfer.close()
+        self.store.close()
+
+
+class _Errand:
+    """One plan being carried out. Every method is called with the lock held.
+
+    ``waiting``: loads whose victims cannot leave yet; ``todo``: experts not computed yet;
+    ``pinned``: experts that must stay until they are.
+    """
+
+    def __init__(self, director: Director, transfer: TransferQueue, plan: LayerPlan) -> None:
+        self.director, self.transfer = director, transfer
+        self.todo, self.waiting = list(plan.order), list(plan.loads)
+        self.prefetch = plan.prefetch
+        self.pinned: set[ExpertId] = set()
+        self.stall_seconds = 0.0
+        for expert in (*plan.hits, *plan.late):
+            self._pin(expert)
+        for expert in plan.late:
+            transfer.promote(expert)
+        self._start_loads()
+
+    def next_ready(self) -> tuple[ExpertId, int]:
+        """The first expert of the order that is there, and its slot; sleeps until one is."""
+        while True:
+            self._start_loads()
+            for i, expert in enumerate(self.todo):
+                if self.director.book.ready(expert) and expert in self.pinned:
+                    del self.todo[i]
+                    slot = self.director.book.slot(expert)
+                    assert slot is not None
+                    return expert, slot.index
+                error = self.transfer.take_error(expert)
+                if error is not None:
+                    raise error
+            started = time.perf_counter()
+            self.transfer.wait()
+            self.stall_seconds += time.perf_counter() - started
+
+    def computed(self, expert: ExpertId) -> None:
+        self._unpin(expert)
+
+    def release(self) -> None:
+        """However the event ended, it holds nothing any more."""
+        for expert in list(self.pinned):
+            self._unpin(expert)
+
+    def _start_loads(self) -> None:
+        """Issue the loads whose victims can leave; speculation follows the last of them."""
+        later = []
+        for load in self.waiting:
+            if self.director.may_start(load):
+                slot = self.director.commit(load)
+                self._pin(load.expert)
+                self.transfer.demand(load.expert, slot)
+            else:
+                later.append(load)
+        self.waiting = later
+        if not later and self.prefetch:
+            self.transfer.speculate(self.prefetch)
+            self.prefetch = ()
+
+    def _pin(self, expert: ExpertId) -> None:
+        self.director.book.pin(expert)
+        self.pinned.add(expert)
+
+    def _unpin(self, expert: ExpertId) -> None:
+        self.pinned.discard(expert)
+        slot = self.director.book.slot(expert)
+        if slot is not None and slot.pins:  # a failed load has already given its slot back
+            self.director.book.unpin(expert)
+
+
+def _real_rows(forward: Forward | None, tokens: int) -> Any:
+    """Which rows are tokens and not padding; ``None``: all of them."""
+    if forward is None or forward.rows is None or len(forward.rows) != tokens:
+        return None
+    return forward.rows

@@ -1,0 +1,259 @@
+"""The queue between disk and slots: demand before speculation, metered.
+
+Knows: jobs (expert + slot), their chunks, worker threads, the clock. Does not know: who should be
+loaded or leave; it asks `place` for a slot at the moment a speculation is issued.
+
+One condition guards the residency book and this queue. Workers hold it only between reads. Rules:
+
+* a demand goes before all speculation, chunk by chunk; speculation starts only when no demand is
+  queued or under way, in chunks of at most 1 MiB, so that a demand never waits long behind one
+* a speculation takes its slot when it is issued, not when it is queued; queued ones are replaced by
+  the next plan
+* a demand for a speculation under way makes it a demand; one expert is never read twice at once
+* a failed speculation is forgotten; a failed demand raises in the forward that waits for it
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from understudy.core import ExpertId, Guess
+from understudy.experts.store import Chunk, Store
+from understudy.policies.residency import Residency, Slot
+
+DEMAND_BLOCK = 2 << 20
+SPECULATION_BLOCK = 1 << 20
+
+
+class Source(Protocol):
+    """What a queue needs of a store; tests bring their own."""
+
+    def chunks(self, expert: ExpertId, slot: int, block: int) -> list[Chunk]: ...
+    def read(self, chunk: Chunk) -> None: ...
+    def verify(self, expert: ExpertId) -> None: ...
+
+
+class StoreSource:
+    """The real one: chunks come from disk, and the file is checked after an expert's last byte."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.chunks = store.chunks
+        self.read = store.disk.read
+
+    def verify(self, expert: ExpertId) -> None:
+        for file in self._store.files_of(expert):
+            self._store.disk.check(file)
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    expert: ExpertId
+    chunks: deque[Chunk]
+    speculative: bool
+    outstanding: int = 0  # chunks under way
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes and busy time of the link, since the start."""
+
+    nbytes: int = 0
+    busy: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    _active: int = 0
+    _since: float = 0.0
+
+    def begin(self) -> None:
+        if self._active == 0:
+            self._since = time.perf_counter()
+        self._active += 1
+
+    def end(self, nbytes: int) -> None:
+        self._active -= 1
+        self.nbytes += nbytes
+        if self._active == 0:
+            self.busy += time.perf_counter() - self._since
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second while anything was under way."""
+        return self.nbytes / self.busy if self.busy else 0.0
+
+    @property
+    def idle(self) -> float:
+        """Share of the time with nothing under way, 0..1."""
+        elapsed = time.perf_counter() - self.started
+        return max(0.0, 1 - self.busy / elapsed) if elapsed > 0 else 0.0
+
+
+class TransferQueue:
+    """See the head of this file. Every method is called with ``lock`` held, except `close`."""
+
+    def __init__(
+        self,
+        book: Residency,
+        source: Source,
+        *,
+        lock: threading.Condition,
+        place: Callable[[Guess], Slot | None],
+        forget: Callable[[ExpertId], None],
+        threads: int = 4,
+    ) -> None:
+        self.book, self.source, self.lock = book, source, lock
+        self._place, self._forget = place, forget
+        self.meter = Meter()
+        self.cancelled = 0
+        self._demand: deque[_Job] = deque()
+        self._speculation: deque[_Job] = deque()
+        self._guesses: deque[Guess] = deque()
+        self._jobs: dict[ExpertId, _Job] = {}
+        self._errors: dict[ExpertId, BaseException] = {}
+        self._demands_open = 0
+        self._stop = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"understudy-io-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ------------------------------------------------------------------------ asked by the runtime
+
+    def demand(self, expert: ExpertId, slot: Slot) -> None:
+        """Read ``expert`` into its reserved slot, after the demands already queued."""
+        self._errors.pop(expert, None)  # of a forward that was interrupted before it saw it
+        self._demand.append(self._start(expert, slot, DEMAND_BLOCK, speculative=False))
+        self._demands_open += 1
+        self.lock.notify_all()
+
+    def promote(self, expert: ExpertId) -> None:
+        """Somebody needs a speculation that is under way: from now on it is a demand."""
+        job = self._jobs.get(expert)
+        if job is not None and job.speculative:
+            job.speculative = False
+            self._demands_open += 1
+            self._speculation = deque(j for j in self._speculation if j is not job)
+            self._demand.appendleft(job)
+            self.lock.notify_all()
+
+    def speculate(self, guesses: Sequence[Guess]) -> None:
+        """Replace all queued speculation (not what is under way)."""
+        self.cancelled += len(self._guesses)
+        self._guesses = deque(guesses)
+        if guesses and not self._demands_open:
+            self.lock.notify_all()
+
+    def take_error(self, expert: ExpertId) -> BaseException | None:
+        """Why the demand for ``expert`` failed, once; ``None`` if it did not."""
+        return self._errors.pop(expert, None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until something landed or failed (spurious wake-ups are possible)."""
+        return self.lock.wait(timeout)
+
+    def settle(self) -> None:
+        """Wait until nothing is under way and nothing is queued."""
+        self._guesses.clear()
+        while self._jobs:
+            self.lock.wait()
+
+    @property
+    def queued(self) -> int:
+        return len(self._demand)
+
+    def close(self) -> None:
+        """Stop the workers; reads under way finish first."""
+        with self.lock:
+            self._stop = True
+            self._guesses.clear()
+            self.lock.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    # ---------------------------------------------------------------------------------- the workers
+
+    def _start(self, expert: ExpertId, slot: Slot, block: int, *, speculative: bool) -> _Job:
+        job = _Job(expert, deque(self.source.chunks(expert, slot.index, block)), speculative)
+        self._jobs[expert] = job
+        self.book.launch(expert)
+        return job
+
+    def _work(self) -> None:
+        with self.lock:
+            while not self._stop:
+                found = self._next()
+                if found is None:
+                    self.lock.wait()
+                    continue
+                self._carry(*found)
+
+    def _next(self) -> tuple[_Job, Chunk] | None:
+        job = self._first(self._demand)
+        if job is None and not self._demands_open:
+            job = self._first(self._speculation) or self._issue()
+        if job is None:
+            return None
+        job.outstanding += 1
+        return job, job.chunks.popleft()
+
+    @staticmethod
+    def _first(jobs: deque[_Job]) -> _Job | None:
+        while jobs and not jobs[0].chunks:
+            jobs.popleft()  # its last chunk is under way
+        return jobs[0] if jobs else None
+
+    def _issue(self) -> _Job | None:
+        while self._guesses:
+            guess = self._guesses.popleft()
+            slot = self._place(guess)
+            if slot is not None:
+                job = self._start(guess.expert, slot, SPECULATION_BLOCK, speculative=True)
+                self._speculation.append(job)
+                return job
+        return None
+
+    def _carry(self, job: _Job, chunk: Chunk) -> None:
+        """Read one chunk without the lock; then, with it, see whether the job is done."""
+        error: BaseException | None = None
+        self.meter.begin()
+        self.lock.release()
+        try:
+            self.source.read(chunk)
+        except BaseException as e:
+            error = e
+        finally:
+            self.lock.acquire()
+        self.meter.end(len(chunk.view))
+        job.outstanding -= 1
+        if error is not None:
+            job.error = job.error or error
+            job.chunks.clear()
+        if not job.chunks and job.outstanding == 0:
+            self._verify(job)
+            self._finish(job)
+
+    def _verify(self, job: _Job) -> None:
+        try:
+            if job.error is None:
+                self.source.verify(job.expert)
+        except Exception as e:
+            job.error = e
+
+    def _finish(self, job: _Job) -> None:
+        del self._jobs[job.expert]
+        if not job.speculative:
+            self._demands_open -= 1
+        if job.error is None:
+            self.book.land(job.expert)
+        else:
+            self._forget(job.expert)
+            if not job.speculative:
+                self._errors[job.expert] = job.error
+        self.lock.notify_all()

@@ -1,0 +1,109 @@
+"""Minds: the contracts of everything that decides, each with its rules.
+
+Knows: plain values in (`LayerEvent`, the residency book), plain values out. Does not know: files,
+tensors' storage, threads, the clock. The same objects run in the engine and in the simulator.
+
+A policy is one small class and one registration line; `docs/write-a-policy.md` shows one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+
+from understudy.core import ExpertId, Guess, LayerEvent
+from understudy.policies.residency import Residency
+
+
+class Exactness(Enum):
+    """What a policy may do to the output. Declared by the policy, counted by the runtime."""
+
+    BIT_EXACT = "bit-exact"
+    EQUIVALENT = "equivalent"  # rounding only
+    LOSSY = "lossy"
+
+
+class Evictor:
+    """Orders the residents by how little they will be missed.
+
+    The director tells it what is used (`touch`), what came (`admit`) and what left (`remove`), and
+    asks for `victims`. Residents that must not leave (pinned, in flight, needed by the same event)
+    are skipped by the director, so an evictor need not know them.
+    May never: touch bytes, change the book, evict by itself.
+    """
+
+    exactness = Exactness.BIT_EXACT
+    nbytes = 0
+
+    def __init__(self, *, slots: int, layers: int) -> None:
+        self.slots, self.layers = slots, layers
+
+    def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
+        """One event was looked up. ``needed``: its experts, in order of last use."""
+
+    def admit(self, expert: ExpertId, *, speculative: bool) -> None:
+        """``expert`` now holds a slot (its bytes may still be on their way)."""
+        raise NotImplementedError
+
+    def remove(self, expert: ExpertId) -> None:
+        """``expert`` lost its slot."""
+        raise NotImplementedError
+
+    def victims(self, layer: int, need: int) -> Iterable[ExpertId]:
+        """Residents in the order in which they should leave, to make room for ``need`` experts of
+        ``layer``. Repeats are allowed; more than ``need`` are expected, since some are skipped."""
+        raise NotImplementedError
+
+
+class Predictor:
+    """Guesses which experts come next. May never start a load."""
+
+    exactness = Exactness.BIT_EXACT
+    nbytes = 0
+    lookahead = 0  # how many later routers this predictor wants scored (the runtime calls them)
+
+    def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
+        """``experts``: how many experts each MoE layer has. ``depth``: layers to look ahead."""
+        self.layers, self.experts, self.depth = layers, experts, depth
+
+    def observe(self, event: LayerEvent) -> None:
+        """The truth about one event; called before `predict` for the same event."""
+
+    def predict(self, event: LayerEvent) -> list[Guess]:
+        """Experts of later layers, in any order; probabilities should be calibrated."""
+        return []
+
+
+class RouteTransform:
+    """Decides who runs. The *only* place that may change which expert runs, or its weight.
+    May never move bytes. Gets the event and the book, answers an event."""
+
+    exactness = Exactness.BIT_EXACT
+
+    def transform(self, event: LayerEvent, book: Residency) -> LayerEvent:
+        raise NotImplementedError
+
+
+class MissResolver:
+    """Decides what to do about experts that are not resident: so far, fetch them.
+    May never change which expert was chosen."""
+
+    exactness = Exactness.BIT_EXACT
+
+    def fetch(self, event: LayerEvent, missing: Sequence[ExpertId]) -> Iterator[ExpertId]:
+        """Those of ``missing`` to load now, in the order in which they should be loaded."""
+        raise NotImplementedError
+
+    def would_fetch(self, expert: ExpertId) -> bool:
+        """Whether a miss of ``expert`` would be fetched on demand. If not, it is not prefetched."""
+        return True
+
+
+__all__ = [
+    "Evictor",
+    "Exactness",
+    "MissResolver",
+    "Predictor",
+    "Residency",
+    "RouteTransform",
+]

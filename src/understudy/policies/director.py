@@ -1,0 +1,214 @@
+"""One event in, one plan out: look up, resolve, choose victims, predict.
+
+Knows: the residency book and the policies. Does not know: files, tensors, threads, the clock. Every
+method is called with the book's lock held. The engine and the simulator drive the same object:
+
+    plan = decide(event)      look up everything the event needs, before anything moves
+    commit(load)              a demand load takes its slot (now, or when its victim was computed)
+    place(guess)              a speculation takes its slot, if it may, at the moment it is issued
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+
+from understudy.core import Counters, ExpertId, Guess, LayerEvent, LayerPlan, Load
+from understudy.policies import Evictor, MissResolver, Predictor, RouteTransform
+from understudy.policies.predict import SelfSwitch
+from understudy.policies.residency import Residency, Slot, State
+
+
+class Director:
+    """See the head of this file. ``counters`` are filled as plans are made and carried out."""
+
+    def __init__(
+        self,
+        book: Residency,
+        *,
+        evictor: Evictor,
+        predictor: Predictor,
+        resolver: MissResolver,
+        route: RouteTransform,
+        switch: SelfSwitch,
+        nbytes: Callable[[ExpertId], int],
+    ) -> None:
+        """``nbytes``: what a load of an expert moves, for the counters."""
+        self.book, self.evictor, self.predictor = book, evictor, predictor
+        self.resolver, self.route, self.switch = resolver, route, switch
+        self.nbytes = nbytes
+        self.counters = Counters()
+        self._wanted: dict[ExpertId, int] = {}  # predicted, and for how many layers from now
+
+    # ---------------------------------------------------------------------------------- one event
+
+    def decide(self, event: LayerEvent) -> LayerPlan:
+        """Look up all experts of ``event`` at once, then plan loads, order and prefetch."""
+        event = self.route.transform(event, self.book)
+        needed = [ExpertId(event.layer, e) for e in event.needed()]
+        hits, late, missing = self._look_up(needed)
+        self._count(event, hits, late, missing)
+        self.evictor.touch(event, needed)
+        wanted_now = list(self.resolver.fetch(event, missing))
+        # Hits first: they are computed while the loads fly.
+        order = hits + late + wanted_now
+        loads = self._place_loads(event, wanted_now, order, needed)
+        self.predictor.observe(event)
+        return LayerPlan(
+            layer=event.layer,
+            hits=tuple(hits),
+            late=tuple(late),
+            loads=tuple(loads),
+            order=tuple(order),
+            prefetch=self._speculate(event),
+        )
+
+    def _look_up(
+        self, needed: Sequence[ExpertId]
+    ) -> tuple[list[ExpertId], list[ExpertId], list[ExpertId]]:
+        hits, late, missing = [], [], []
+        for expert in needed:
+            state = self.book.state(expert)
+            group = hits if state is State.READY else missing if state is State.FREE else late
+            group.append(expert)
+        return hits, late, missing
+
+    def _count(
+        self,
+        event: LayerEvent,
+        hits: Sequence[ExpertId],
+        late: Sequence[ExpertId],
+        missing: Sequence[ExpertId],
+    ) -> None:
+        c = self.counters
+        c.events += 1
+        c.hits += len(hits)
+        c.late += len(late)
+        c.misses += len(missing)
+        for expert in (*hits, *late):
+            slot = self.book.slot(expert)
+            if slot is not None and slot.unused:
+                slot.unused = False
+                c.prefetch_used += 1
+                self.evictor.admit(expert, speculative=False)
+
+    # ------------------------------------------------------------------------------------- loads
+
+    def _place_loads(
+        self,
+        event: LayerEvent,
+        missing: Sequence[ExpertId],
+        order: Sequence[ExpertId],
+        needed: Sequence[ExpertId],
+    ) -> list[Load]:
+        """Free slots first, then victims, then (an event larger than the slots) waves.
+
+        A load may start when its victim is evictable; most are at once.
+        """
+        free = min(self.book.free, len(missing))
+        keep = set(needed)
+        outside = self._victims(event.layer, len(missing) - free, keep)
+        if free + len(outside) < len(missing):
+            # Speculation on its way to somebody else: its slot is free to take once it has landed.
+            flying = [e for e in self.book if e not in keep and not self.book.ready(e)]
+            outside += flying[: len(missing) - free - len(outside)]
+        victims: list[ExpertId | None] = [None] * free
+        victims += outside
+        victims += self._own_victims(order, needed, waiting=missing[len(victims) :])
+        return [Load(expert, victim) for expert, victim in zip(missing, victims, strict=True)]
+
+    def _victims(self, layer: int, count: int, keep: set[ExpertId]) -> list[ExpertId]:
+        """Up to ``count`` residents that may leave, predicted ones only if nobody else can."""
+        if count <= 0:
+            return []
+        chosen: dict[ExpertId, None] = {}
+        spared: dict[ExpertId, None] = {}
+        for expert in self.evictor.victims(layer, count):
+            if expert in keep or not self.book.evictable(expert):
+                continue
+            (spared if expert in self._wanted else chosen)[expert] = None
+            if len(chosen) == count:
+                return list(chosen)
+        return [*chosen, *spared][:count]
+
+    def _own_victims(
+        self, order: Sequence[ExpertId], needed: Sequence[ExpertId], waiting: Sequence[ExpertId]
+    ) -> list[ExpertId]:
+        """For each waiting load an expert of the same event, computed before it, that it replaces:
+        the one whose last use lies furthest back, so that the end of the prompt stays."""
+        if not waiting:
+            return []
+        last_use = {expert: i for i, expert in enumerate(needed)}
+        first = order.index(waiting[0])
+        computed = [(last_use[e], e) for e in order[:first]]
+        heapq.heapify(computed)
+        victims = []
+        for expert in waiting:
+            victims.append(heapq.heappop(computed)[1])
+            heapq.heappush(computed, (last_use[expert], expert))
+        return victims
+
+    def may_start(self, load: Load) -> bool:
+        """Whether the victim can leave now, or has left by itself (its speculation failed)."""
+        if load.victim is None or load.victim not in self.book:
+            return self.book.free > 0
+        return self.book.evictable(load.victim)
+
+    def commit(self, load: Load) -> Slot:
+        """The load takes its slot; its victim leaves. The expert is not pinned yet."""
+        if load.victim is not None and load.victim in self.book:
+            self._evict(load.victim)
+        self._wanted.pop(load.expert, None)
+        slot = self.book.reserve(load.expert)
+        self.counters.demand_bytes += self.nbytes(load.expert)
+        self.evictor.admit(load.expert, speculative=False)
+        return slot
+
+    def _evict(self, victim: ExpertId) -> None:
+        slot = self.book.evict(victim)
+        self.evictor.remove(victim)
+        self.counters.evictions += 1
+        if slot.unused:
+            self.counters.prefetch_wasted += 1
+            self.counters.wasted_bytes += self.nbytes(victim)
+
+    def forget(self, expert: ExpertId) -> None:
+        """Its load failed or was cancelled: the slot is free again."""
+        self.book.fail(expert)
+        self.evictor.remove(expert)
+
+    # ------------------------------------------------------------------------------- speculation
+
+    def _speculate(self, event: LayerEvent) -> tuple[Guess, ...]:
+        """Guesses worth issuing, soonest and likeliest first. An empty answer cancels the old."""
+        guesses = self.predictor.predict(event) if self.switch.on else []
+        self._wanted = {g.expert: g.layers_until for g in guesses}
+        useful = [
+            g
+            for g in guesses
+            if g.expert not in self.book and self.resolver.would_fetch(g.expert)
+        ]
+        useful.sort(key=lambda g: (g.layers_until, -g.probability))
+        return tuple(useful)
+
+    def place(self, guess: Guess) -> Slot | None:
+        """Take a slot for a speculation at the moment it is issued; ``None``: it may not.
+
+        It evicts nobody who is predicted too, in flight or pinned.
+        """
+        expert = guess.expert
+        if expert in self.book or expert not in self._wanted:
+            return None
+        if not self.book.free:
+            victims: Iterable[ExpertId] = self.evictor.victims(expert.layer, 1)
+            victim = next(
+                (v for v in victims if v not in self._wanted and self.book.evictable(v)), None
+            )
+            if victim is None:
+                return None
+            self._evict(victim)
+        slot = self.book.reserve(expert, unused=True)
+        self.evictor.admit(expert, speculative=True)
+        self.counters.prefetch_issued += 1
+        self.counters.prefetch_bytes += self.nbytes(expert)
+        return slot

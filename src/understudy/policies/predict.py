@@ -1,0 +1,150 @@
+"""Who comes: guesses about the experts of later layers, and the switch that silences them.
+
+Knows: past events, and what later layers' own routers said about the current router input (the
+runtime calls them; their answers come inside the event). Does not know: who is resident, what a
+load costs, how to start one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+from understudy.core import ExpertId, Guess, LayerEvent
+from understudy.policies import Predictor
+
+
+class NoPrediction(Predictor):
+    """Never guesses: every expert is loaded on demand."""
+
+
+class _Calibrated(Predictor):
+    """Turns ranked candidates into probabilities by counting how often each rank was right."""
+
+    def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
+        super().__init__(layers=layers, experts=experts, depth=depth)
+        self._open: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+        self._right: dict[tuple[int, int], float] = {}
+        self._asked: dict[tuple[int, int], float] = {}
+
+    def observe(self, event: LayerEvent) -> None:
+        came = {e for row in event.ids for e in row}
+        for expert, key in self._open.pop(event.layer, ()):
+            # Halving keeps the estimate on the last few hundred guesses.
+            if self._asked.get(key, 0) > 256:
+                self._asked[key] /= 2
+                self._right[key] /= 2
+            self._asked[key] = self._asked.get(key, 0) + 1
+            self._right[key] = self._right.get(key, 0) + (expert in came)
+
+    def _guess(self, layer: int, expert: int, rank: int, ahead: int) -> Guess:
+        key = (ahead, rank)
+        self._open.setdefault(layer, []).append((expert, key))
+        # Two imaginary guesses, one of them right: a new rank starts at one half.
+        probability = (self._right.get(key, 0) + 1) / (self._asked.get(key, 0) + 2)
+        return Guess(ExpertId(layer, expert), probability, ahead)
+
+
+class LastToken(_Calibrated):
+    """The next layers will use what they used for the previous token."""
+
+    def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
+        super().__init__(layers=layers, experts=experts, depth=depth)
+        self._last: list[tuple[int, ...]] = [()] * layers
+
+    def observe(self, event: LayerEvent) -> None:
+        super().observe(event)
+        self._last[event.layer] = tuple(event.ids[-1]) if event.ids else ()
+
+    def predict(self, event: LayerEvent) -> list[Guess]:
+        guesses = []
+        for ahead in range(1, self.depth + 1):
+            layer = (event.layer + ahead) % self.layers
+            for rank, expert in enumerate(self._last[layer]):
+                guesses.append(self._guess(layer, expert, rank, ahead))
+        return guesses
+
+
+class Popularity(_Calibrated):
+    """The next layers will use what they used most often so far."""
+
+    def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
+        super().__init__(layers=layers, experts=experts, depth=depth)
+        self._uses = [[0] * n for n in experts]
+
+    def observe(self, event: LayerEvent) -> None:
+        super().observe(event)
+        for row in event.ids:
+            for expert in row:
+                self._uses[event.layer][expert] += 1
+
+    def predict(self, event: LayerEvent) -> list[Guess]:
+        guesses = []
+        k = len(event.ids[0]) if event.ids else 0
+        for ahead in range(1, self.depth + 1):
+            layer = (event.layer + ahead) % self.layers
+            uses = self._uses[layer]
+            ranked = sorted(range(len(uses)), key=uses.__getitem__, reverse=True)
+            for rank, expert in enumerate(e for e in ranked[:k] if uses[e]):
+                guesses.append(self._guess(layer, expert, rank, ahead))
+        return guesses
+
+
+class NextGate(_Calibrated):
+    """The next layers' own routers, asked about the *current* router input: hidden states change
+    little from layer to layer, so they mostly answer what they will answer when their turn comes.
+
+    For several tokens (prefill) an expert's rank is the best it got from any token.
+    """
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        return self.depth
+
+    def predict(self, event: LayerEvent) -> list[Guess]:
+        guesses = []
+        for layer, (ids, _weights) in sorted(event.lookahead.items()):
+            best: dict[int, int] = {}
+            for row in ids:
+                for rank, expert in enumerate(row):
+                    best[expert] = min(rank, best.get(expert, rank))
+            for expert, rank in best.items():
+                guesses.append(self._guess(layer, expert, rank, layer - event.layer))
+        return guesses
+
+
+class SelfSwitch:
+    """Speculation switches itself off while it loses.
+
+    Losing, defined: in alternating blocks of `BLOCK` decode steps with and without speculation, the
+    median step was not faster with it. The trial is repeated after `REST` steps, since texts and
+    machines change. It is given measured seconds; it reads no clock.
+    """
+
+    BLOCK = 16
+    BLOCKS = 4  # on, off, on, off
+    REST = 512
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.possible = enabled
+        self.on = enabled
+        self._step = 0
+        self._seconds: dict[bool, deque[float]] = {True: deque(), False: deque()}
+
+    def record(self, seconds: float) -> None:
+        """One decode step took ``seconds`` from its first to its last MoE layer."""
+        if not self.possible:
+            return
+        trial = self._step < self.BLOCK * self.BLOCKS
+        # The first steps of a block still live off (or suffer from) the block before.
+        if trial and self._step % self.BLOCK >= 2:
+            self._seconds[self.on].append(seconds)
+        self._step += 1
+        if self._step < self.BLOCK * self.BLOCKS:
+            self.on = (self._step // self.BLOCK) % 2 == 0
+        elif self._step == self.BLOCK * self.BLOCKS:
+            self.on = median(self._seconds[True]) < median(self._seconds[False])
+        elif self._step >= self.BLOCK * self.BLOCKS + self.REST:
+            self._step, self.on = 0, True
+            self._seconds = {True: deque(), False: deque()}
