@@ -1,0 +1,349 @@
+"""From tensor names in files to the byte ranges of every expert.
+
+Knows: transformers' conversion rules (which it runs, see `strided`) and what an Experts module
+calls its parameters. Does not know: any model family by name, nor how bytes are read.
+
+The steps are those of transformers' own loader, with addresses in place of weights: rename each
+checkpoint key, collect keys per target parameter, run the converter's operations, then cut the
+result into experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from understudy.checkpoint.files import BITS, TensorInfo
+from understudy.checkpoint.strided import NotAView, Strided, View, views_along
+from understudy.core import (
+    ByteRange,
+    CheckpointError,
+    ExpertId,
+    ExpertLayout,
+    Piece,
+    QuantizedExperts,
+    UnsupportedFamily,
+)
+
+MAX_PIECES = 16  # views per parameter; more means that the bytes lie scattered
+TORCH_DTYPE = MappingProxyType(  # dtypes in which an expert can be computed, safetensors -> torch
+    {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+)
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One Experts module of the model, as the conversion rules see it.
+
+    ``name``: its path in the model ("model.layers.3.mlp.experts"). ``layer``: MoE layer index in
+    forward order. ``params``: the name of each *expert parameter* -> its full shape, expert axis
+    first. Expert parameters are those whose first axis is ``num_experts`` and that have at least
+    two axes; whatever else the module owns (a norm, a scale of shape ``[E]``) is dense: it stays
+    in the guest model. ``transposed``: matrices are ``[in, out]``, so parts are joined along the
+    last axis.
+    """
+
+    name: str
+    layer: int
+    num_experts: int
+    params: Mapping[str, tuple[int, ...]]
+    transposed: bool = False
+
+    def keys(self) -> dict[str, tuple[int, ...]]:
+        """Full parameter name, as in a state dict -> shape."""
+        return {f"{self.name}.{param}": shape for param, shape in self.params.items()}
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the conversion rules send each stored tensor.
+
+    ``experts``: full name of an expert parameter -> its address. ``dense``: stored tensors that
+    other parameters of the model are made of. Tensors the model has no use for (extra heads,
+    layers for speculative decoding) are in neither.
+    """
+
+    experts: Mapping[str, Strided]
+    dense: tuple[TensorInfo, ...]
+
+
+@dataclass
+class _Group:
+    """Source tensors of one target parameter, by the pattern that matched them."""
+
+    converter: Any
+    sources: dict[str, list[TensorInfo]] = field(default_factory=dict)
+
+
+def layouts(
+    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
+) -> dict[ExpertId, ExpertLayout]:
+    """The byte ranges of every expert of ``modules``. See `Checkpoint.layouts`."""
+    if not modules:
+        raise CheckpointError(
+            f"{type(model).__name__} has no experts modules, so it is not a Mixture-of-Experts"
+            " model this engine can run: load it with transformers itself"
+        )
+    routes = route(tensors, model, modules)
+    return {
+        expert: layout
+        for module in modules
+        for expert, layout in _module_layouts(module, routes.experts)
+    }
+
+
+# ------------------------------------------------------------------- names: which tensor goes where
+
+
+def route(
+    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
+) -> Routes:
+    """Send every stored tensor through transformers' renamings and converters."""
+    wanted = {key: shape for module in modules for key, shape in module.keys().items()}
+    groups, dense = _collect(tensors, model, wanted)
+    experts: dict[str, Strided] = {}
+    guest = _Guest(model, wanted)
+    for target, group in groups.items():
+        found = _convert(target, group, guest)
+        experts |= {key: address for key, address in found.items() if key in wanted}
+    for key, twin in _tied(model, wanted).items():
+        if key not in experts and twin in experts:
+            experts[key] = experts[twin]
+    for module in modules:
+        for key, shape in module.keys().items():
+            _check(key, shape, experts.get(key), groups.get(key), module.num_experts)
+    return Routes(experts, dense)
+
+
+def _collect(
+    tensors: Mapping[str, TensorInfo], model: Any, wanted: Mapping[str, Any]
+) -> tuple[dict[str, _Group], tuple[TensorInfo, ...]]:
+    """The first half of ``convert_and_load_state_dict_in_model`` of transformers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    known: dict[str, Any] = dict.fromkeys([*model.state_dict(), *wanted], True)
+    prefix = model.base_model_prefix
+
+    groups: dict[str, _Group] = {}
+    dense: list[TensorInfo] = []
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if target not in known and name in known:  # should not have been renamed
+            target, pattern = rename_source_key(name, [], [], prefix, known)
+        if target not in known:
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        if wanted.keys().isdisjoint(_targets(target, converter)):
+            dense.append(tensors[name])
+            continue
+        group = groups.setdefault(target, _Group(converter))
+        group.sources.setdefault(pattern or name, []).append(tensors[name])
+    return groups, tuple(dense)
+
+
+def _targets(target: str, converter: Any) -> Iterator[str]:
+    """All parameters that a converter makes, given the name of the first one."""
+    yield target
+    if converter is not None:
+        first, *others = converter.target_patterns
+        yield from (target.replace(first, other) for other in others)
+
+
+def _tied(model: Any, wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Expert parameters that share another one's weights -> that other one. The model's own
+    expansion of its tying rules cannot see parameters that were removed."""
+    from transformers import PreTrainedModel
+
+    pairs: dict[str, str] = {}
+    for path, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or not _ties(part):
+            continue
+        rules = part._tied_weights_keys
+        for follower, leader in rules.items() if isinstance(rules, dict) else ():
+            start = f"{path}." if path else ""
+            names = [key.removeprefix(start) for key in wanted if key.startswith(start)]
+            followers = [start + n for n in names if re.search(follower, n)]
+            leaders = [start + n for n in names if re.search(leader, n)]
+            if len(followers) == len(leaders):
+                pairs |= dict(zip(followers, leaders, strict=True))
+    return pairs
+
+
+def _ties(part: Any) -> bool:
+    return getattr(part.config, "tie_word_embeddings", False) is True
+
+
+# ----------------------------------------------------------- operations: how tensors are rearranged
+
+
+class _Guest:
+    """The model as operations ask it: the shape of any parameter, removed ones included."""
+
+    def __init__(self, model: Any, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        self._model, self._wanted = model, wanted
+        self.config = model.config
+
+    def get_parameter(self, name: str) -> Any:
+        if name in self._wanted:
+            return torch.empty(self._wanted[name], device="meta")
+        return self._model.get_parameter(name)
+
+
+def _convert(target: str, group: _Group, guest: _Guest) -> dict[str, Strided]:
+    """Run the group's operations on addresses: parameter name -> its address."""
+    if group.converter is None:
+        ((info,),) = group.sources.values()
+        return {target: _address(info)}
+    converter = deepcopy(group.converter)
+    for pattern, infos in group.sources.items():
+        for info in infos:
+            converter.add_tensor(target, info.name, pattern, _address(info))
+    try:
+        found: dict[str, Strided] = converter.convert(target, model=guest, config=guest.config)
+        return found
+    except Exception as e:  # operations raise whatever they like on input they did not expect
+        experts = guest.get_parameter(target).shape[0]
+        if missing := _first_missing(group, experts):
+            raise CheckpointError(_is_missing(missing)) from e
+        steps = " then ".join(type(op).__name__ for op in converter.operations)
+        raise UnsupportedFamily(
+            f"{target} of model_type {guest.config.model_type!r} is made by {steps}, which cannot"
+            f" be expressed as byte ranges ({type(e).__name__}: {e}): re-save the model with"
+            " save_pretrained() of transformers"
+        ) from e
+
+
+def _address(info: TensorInfo) -> View:
+    if info.dtype not in TORCH_DTYPE:
+        raise QuantizedExperts(
+            f"expert tensor {info.name!r} is stored as {_format(info.dtype)}, which is not"
+            " supported yet: use the bf16 or fp16 version of this model"
+        )
+    itemsize = BITS[info.dtype] // 8
+    if info.offset % itemsize:
+        raise CheckpointError(
+            f"expert tensor {info.name!r} lies at byte {info.offset}, not a multiple of its"
+            f" {itemsize}-byte elements: re-save the model with save_pretrained() of transformers"
+        )
+    dtype = TORCH_DTYPE[info.dtype]
+    return View.whole(info.file, info.offset, itemsize, dtype, info.shape)
+
+
+def _format(dtype: str) -> str:
+    """What a stored dtype usually means for an expert."""
+    if dtype.startswith("F8"):
+        return f"FP8 ({dtype})"
+    if dtype.startswith(("F4", "F6")):
+        return f"FP4/FP6 ({dtype})"
+    packed = {"U8": "packed 4-bit (U8: MXFP4, bitsandbytes)", "I32": "packed int4 (I32: GPTQ, AWQ)"}
+    return packed.get(dtype, f"integers ({dtype})")
+
+
+# --------------------------------------------------------------------------------- checks
+
+
+def _check(
+    key: str, shape: tuple[int, ...], address: Strided | None, group: _Group | None, experts: int
+) -> None:
+    if address is None:
+        raise CheckpointError(_is_missing(key))
+    if tuple(address.shape) == tuple(shape):
+        return
+    if group and (missing := _first_missing(group, experts)):
+        raise CheckpointError(_is_missing(missing))
+    raise CheckpointError(
+        f"{key} has shape {list(address.shape)} in the checkpoint but config.json makes it"
+        f" {list(shape)}: config.json and weights do not belong together; download both again"
+    )
+
+
+def _is_missing(name: str) -> str:
+    return f"expert tensor {name!r} is missing from the checkpoint: download it again"
+
+
+def _first_missing(group: _Group, experts: int) -> str | None:
+    """The name of a tensor that should be there, judged by the numbers in its siblings' names."""
+    if group.converter is None:
+        return None
+    for infos in group.sources.values():
+        found = {}
+        for info in infos:
+            parts = re.fullmatch(r"(.*\.)(\d+)(\..*)", info.name)
+            if parts is None:
+                return None
+            found[int(parts[2])] = (parts[1], parts[3])
+        before, after = next(iter(found.values()))
+        absent = [n for n in range(max(experts, *found, 0)) if n not in found]
+        if absent:
+            return f"{before}{absent[0]}{after}"
+    absent_patterns = [p for p in group.converter.source_patterns if p not in group.sources]
+    return absent_patterns[0] if absent_patterns else None
+
+
+# ------------------------------------------------------------------------ experts: cut and list
+
+
+def _module_layouts(
+    module: ExpertsModule, addresses: Mapping[str, Strided]
+) -> Iterator[tuple[ExpertId, ExpertLayout]]:
+    rows = {param: addresses[f"{module.name}.{param}"].unbind(0) for param in module.params}
+    for expert in range(module.num_experts):
+        found = {}
+        for param, row in rows.items():
+            axis = row[expert].ndim - 1 if module.transposed else 0
+            try:
+                found[param] = views_along(row[expert], axis)
+            except NotAView as e:
+                raise _scattered(module, param, str(e)) from e
+            if len(found[param]) > MAX_PIECES:
+                raise _scattered(module, param, f"{len(found[param])} parts")
+        reads = _merge(view for of_param in found.values() for view in of_param)
+        needed = sum(prod(v.shape) * v.itemsize for of_param in found.values() for v in of_param)
+        if sum(read.nbytes for read in reads) > needed:
+            raise _scattered(module, "/".join(rows), "other bytes lie in between")
+        pieces = {p: tuple(_piece(v, reads) for v in of_param) for p, of_param in found.items()}
+        yield ExpertId(module.layer, expert), ExpertLayout(reads, pieces)
+
+
+def _scattered(module: ExpertsModule, param: str, why: str) -> UnsupportedFamily:
+    return UnsupportedFamily(
+        f"one expert's {param} of {module.name} lies scattered in the checkpoint ({why}): re-save"
+        " the model with save_pretrained() of transformers"
+    )
+
+
+def _merge(found: Iterable[View]) -> tuple[ByteRange, ...]:
+    """The byte ranges that hold all ``found`` views, touching ones united, in file order."""
+    reads: list[ByteRange] = []
+    for file, start, end in sorted((v.file, v.start, v.end) for v in found):
+        last = reads[-1] if reads else None
+        if last and last.file == file and start <= last.offset + last.nbytes:
+            reads[-1] = last._replace(nbytes=max(last.nbytes, end - last.offset))
+        else:
+            reads.append(ByteRange(file, start, end - start))
+    return tuple(reads)
+
+
+def _piece(view: View, reads: Sequence[ByteRange]) -> Piece:
+    for number, read in enumerate(reads):
+        if view.file == read.file and 0 <= view.start - read.offset < read.nbytes:
+            start = view.start - read.offset
+            return Piece(number, start, view.dtype, tuple(view.shape), view.strides)
+    raise AssertionError("every view lies inside the reads made from it")
