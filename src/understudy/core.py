@@ -152,6 +152,7 @@ class Forward:
     requests: Sequence[int] = ()
     router_args: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     started: float = 0.0
+    outer: Forward | None = None
 
 
 # Greenlets and threads each see their own. None: somebody called a part of the model directly.

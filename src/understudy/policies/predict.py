@@ -126,15 +126,16 @@ class SelfSwitch:
     BLOCKS = 4  # on, off, on, off
     REST = 512
 
-    def __init__(self, *, enabled: bool = True) -> None:
-        self.possible = enabled
+    def __init__(self, *, enabled: bool = True, adaptive: bool = True) -> None:
+        """``enabled``: whether it is ever on; ``adaptive``: whether it may switch."""
+        self.adaptive = enabled and adaptive
         self.on = enabled
         self._step = 0
         self._seconds: dict[bool, deque[float]] = {True: deque(), False: deque()}
 
     def record(self, seconds: float) -> None:
         """One decode step took ``seconds`` from its first to its last MoE layer."""
-        if not self.possible:
+        if not self.adaptive:
             return
         trial = self._step < self.BLOCK * self.BLOCKS
         # The first steps of a block still live off (or suffer from) the block before.

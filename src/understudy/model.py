@@ -1,0 +1,407 @@
+"""The guest in transformers: a model loaded without its experts, with a seam where they were.
+
+Knows: transformers' loading, its Experts modules, routers and hooks. Does not know: where experts
+come from, budgets, policies. It is *given* the seam, and calls it.
+
+    skeleton(config)         the model on the meta device, to read shapes and names from
+    load_guest(...)          the real one: dense weights loaded, experts never materialised
+    attach(guest, seam)      from now on its Experts modules ask the seam
+
+Traps, all tried: the patch mapping is global, so it is held under a lock and removed in `finally`;
+a hand-made build on meta loses non-persistent buffers (rotary), so loading is left to
+`from_pretrained`; a guest that is saved and reloaded would get random experts, so saving is
+refused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+from transformers.utils import logging as transformers_logging
+
+from understudy.checkpoint import ExpertsModule
+from understudy.core import (
+    CheckpointError,
+    Forward,
+    NotInThisModel,
+    Phase,
+    UnsupportedFamily,
+    current_forward,
+)
+
+IMPLEMENTATION = "understudy"  # our name in transformers' ExpertsInterface
+_loading = threading.Lock()
+
+
+class Seam(Protocol):
+    """What a guest calls. `understudy.experts.runtime.Runtime` is one."""
+
+    def __call__(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor: ...
+    def begin(self, forward: Forward) -> None: ...
+    def end(self, forward: Forward) -> None: ...
+
+
+# ------------------------------------------------------------------------------- the skeleton
+
+
+def architecture(config: Any) -> type[Any]:
+    """The class of transformers that the checkpoint was saved from."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type):
+            return found
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    try:
+        return mapping[type(config)]  # type: ignore[no-any-return]
+    except KeyError:
+        raise UnsupportedFamily(
+            f"transformers {transformers.__version__} has no model class for "
+            f"{config.architectures or config.model_type}; update transformers"
+        ) from None
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The model with every tensor on the meta device: names and shapes, no bytes."""
+    cls = architecture(config)
+    with quiet(), torch.device("meta"):
+        return cls(config)  # type: ignore[no-any-return]
+
+
+def find_experts(model: Any) -> list[ExpertsModule]:
+    """The Experts modules of a skeleton that use transformers' experts interface, in order."""
+    found = []
+    for name, module in model.named_modules():
+        if _has_interface(module):
+            shapes = {n: tuple(p.shape) for n, p in _expert_params(module).items()}
+            num = next(iter(shapes.values()))[0]
+            found.append(ExpertsModule(name, len(found), num, shapes, bool(module.is_transposed)))
+    if not found:
+        family = getattr(model.config, "model_type", type(model).__name__)
+        raise UnsupportedFamily(
+            f"{family} has no Experts module on transformers' experts interface: not a "
+            "Mixture-of-Experts, or not a supported one; see `understudy families`"
+        )
+    return found
+
+
+def _has_interface(module: nn.Module) -> bool:
+    return hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
+
+
+def _expert_params(module: Any) -> dict[str, nn.Parameter]:
+    """The parameters with one slice per expert; anything else a family adds stays dense."""
+    own = dict(module.named_parameters(recurse=False))
+    num = int(module.num_experts)
+    return {n: p for n, p in own.items() if p.ndim >= 2 and p.shape[0] == num}
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def _guest_class(original: type[Any]) -> type[Any]:
+    """The same Experts class without its expert parameters."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **kwargs)
+        for name in _expert_params(self):
+            del self._parameters[name]
+        # transformers would initialise the parameters that are gone. Its children keep their own flag.
+        self._is_hf_initialized = True
+        self.seam = None
+        self.moe_layer = -1
+
+    members = {"__init__": __init__, "__module__": original.__module__, "is_guest": True}
+    return type(original.__name__, (original,), members)
+
+
+def _ask_seam(
+    module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What transformers' ExpertsInterface calls. Without a seam (while the engine measures the KV
+    cache) experts contribute nothing."""
+    if module.seam is None:
+        return torch.zeros_like(hidden)
+    return module.seam(module.moe_layer, hidden, ids, weights)  # type: ignore[no-any-return]
+
+
+ExpertsInterface.register(IMPLEMENTATION, _ask_seam)
+assert IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS
+
+
+@contextmanager
+def _without_experts(classes: Mapping[str, type[Any]]) -> Iterator[None]:
+    """While inside, `from_pretrained` builds guests. Process-wide, hence the lock."""
+    mapping = {f"^{name}$": _guest_class(original) for name, original in classes.items()}
+    with _loading:
+        register_patch_mapping(mapping)
+        try:
+            yield
+        finally:
+            unregister_patch_mapping(list(mapping))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers reports the experts as unexpected keys and draws bars; both would mislead."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_guest(path: Path, config: Any, bones: nn.Module, dtype: Any = "auto") -> Any:
+    """Load the dense weights through `from_pretrained`. ``bones``: the skeleton, for classes."""
+    classes = {type(m).__name__: type(m) for m in bones.modules() if _has_interface(m)}
+    with quiet(), _without_experts(classes):
+        model, report = architecture(config).from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} dense tensors are missing, {missing[0]} first; "
+            "download the checkpoint again"
+        )
+    for module in guests(model):  # have transformers dispatch their forward to us
+        module.config._experts_implementation_internal = IMPLEMENTATION
+    return _make_lodger(model.eval().requires_grad_(False))
+
+
+# ------------------------------------------------------------------------- the model as a guest
+
+
+class Lodger:
+    """Mixed into the model's class: what a model without its own experts can and cannot do.
+
+    ``understudy`` is put there by the engine: counters, plan, policies, close().
+    """
+
+    understudy: Any
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.understudy.close()
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotInThisModel(
+            f"{what} is not possible: the experts of this model stay on disk; "
+            "load it with transformers' from_pretrained for that"
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("save_pretrained")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("push_to_hub")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("state_dict")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("load_state_dict")
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._refuse("training")
+        return super().train(mode)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, self.dtype):  # type: ignore[attr-defined]
+            self._refuse(f"to({dtype})")
+        if device is not None and device.type != "cpu":
+            self._refuse(f"to({device})")
+        return self
+
+    def half(self, *args: Any) -> NoReturn:
+        self._refuse("half()")
+
+    def float(self, *args: Any) -> NoReturn:
+        self._refuse("float()")
+
+    def bfloat16(self, *args: Any) -> NoReturn:
+        self._refuse("bfloat16()")
+
+    def double(self, *args: Any) -> NoReturn:
+        self._refuse("double()")
+
+
+def _make_lodger(model: Any) -> Any:
+    """The instance changes class, its name stays: pipelines and lm-eval look at names."""
+    cls = type(model)
+    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    model.__class__ = type(cls.__name__, (Lodger, cls), members)
+    return model
+
+
+def guests(model: nn.Module) -> list[Any]:
+    """The Experts modules of a loaded guest, in the order of `find_experts`."""
+    return [m for m in model.modules() if getattr(m, "is_guest", False)]
+
+
+def routers(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[nn.Module | None]:
+    """For each Experts module the router beside it, or ``None``."""
+    found: list[nn.Module | None] = []
+    for e in experts:
+        parent = model.get_submodule(e.name.rpartition(".")[0])
+        router = getattr(parent, "router", None) or getattr(parent, "gate", None)
+        found.append(router if isinstance(router, nn.Module) else None)
+    return found
+
+
+def attach(model: Any, seam: Seam, experts: Sequence[ExpertsModule]) -> None:
+    """Connect every Experts module to ``seam``, and tell the seam about every forward."""
+    for layer, module in enumerate(guests(model)):
+        module.seam, module.moe_layer = seam, layer
+    for layer, router in enumerate(routers(model, experts)):
+        if router is not None:
+            router.register_forward_pre_hook(_capture(layer), with_kwargs=True)
+    _announce(model, seam)
+
+
+def _capture(layer: int) -> Callable[..., None]:
+    """Keep what a router was called with: later routers are asked the same question. Not the input
+    of the Experts module: some families feed experts something else."""
+
+    def hook(router: nn.Module, args: Any, kwargs: Any) -> None:
+        forward = current_forward.get()
+        if forward is not None:
+            forward.router_args = {layer: (args, kwargs)}
+
+    return hook
+
+
+def _announce(model: Any, seam: Seam) -> None:
+    steps = iter(range(1 << 62))
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        forward = _describe(next(steps), args, kwargs)
+        forward.outer = current_forward.get()
+        current_forward.set(forward)
+        seam.begin(forward)
+
+    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        forward = current_forward.get()
+        if forward is not None:
+            current_forward.set(forward.outer)
+            seam.end(forward)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+
+def _describe(step: int, args: Any, kwargs: Mapping[str, Any]) -> Forward:
+    """Phase, requests and padding of one forward, from its arguments."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None and args and isinstance(args[0], torch.Tensor):
+        tokens = args[0]
+    if tokens is None or tokens.ndim < 2:
+        return Forward(step, Phase.PREFILL)
+    batch, length = tokens.shape[:2]
+    phase = Phase.DECODE if length == 1 else Phase.PREFILL
+    rows = _real(kwargs.get("attention_mask"), batch, length)
+    requests = [r for r in range(batch) for _ in range(length)]
+    if rows is not None:
+        requests = [r for r, real in zip(requests, rows.tolist(), strict=True) if real]
+    return Forward(step, phase, rows=rows, requests=requests)
+
+
+def _real(mask: Any, batch: int, length: int) -> torch.Tensor | None:
+    """Which rows of the flattened batch are tokens, from a 2-D attention mask."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
+        return None
+    rows = mask[:, -length:].reshape(-1).bool()
+    return None if len(rows) != batch * length or bool(rows.all()) else rows
+
+
+# -------------------------------------------------------------------------------- the KV cache
+
+
+def text_config(config: Any) -> Any:
+    """The part of a composite configuration that speaks about the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def kv_cache_estimate(config: Any, context: int, itemsize: int) -> int:
+    """What `kv_cache_bytes` measures, from the configuration alone: exact for ordinary attention,
+    too much for sliding windows and linear attention."""
+    c = text_config(config)
+    layers = getattr(c, "num_hidden_layers", 0) or 0
+    heads = getattr(c, "num_attention_heads", 0) or 0
+    head_dim = getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0)
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
+    return int(2 * layers * kv_heads * head_dim * itemsize * context)
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens the model was made for; ``None`` where it does not say."""
+    found = getattr(text_config(config), "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def experts_per_token(config: Any) -> int:
+    """The router's k, under whatever name the family gives it; 0 where it does not say."""
+    c = text_config(config)
+    for name in ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "top_k"):
+        found = getattr(c, name, None)
+        if isinstance(found, list | tuple) and found:
+            return int(max(found))
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+    return 0
+
+
+def kv_cache_bytes(model: Any, context: int) -> int:
+    """Bytes of the cache after ``context`` tokens of one sequence, measured on two short forwards
+    of the guest without experts and extrapolated (a sliding window makes it smaller)."""
+    with quiet():
+        short, long = (_cache_after(model, n) for n in (4, 12))
+    per_token = max(0, long - short) / 8
+    return max(int(short + per_token * (context - 4)), long)
+
+
+def _cache_after(model: Any, tokens: int) -> int:
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with torch.no_grad():
+        try:
+            out = model(input_ids=ids, use_cache=True)
+        except (TypeError, ValueError, RuntimeError):
+            return 0  # no text-only forward with a cache: nothing is kept between steps
+    return sum(t.nbytes for t in _tensors(getattr(out, "past_key_values", None), set()))
+
+
+def _tensors(thing: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    if id(thing) in seen or isinstance(thing, str | int | float | torch.dtype | torch.device):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tensors(value, seen)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from _tensors(value, seen)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type | nn.Module):
+        yield from _tensors(vars(thing), seen)
