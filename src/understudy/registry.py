@@ -31,6 +31,11 @@ class Registry:
         self._objects: dict[str, Any] = {}
         self._foreign: dict[str, EntryPoint] | None = None
 
+    @property
+    def builtin_names(self) -> tuple[str, ...]:
+        """The names that come with Understudy; needs no look at other packages."""
+        return tuple(self._builtin)
+
     def register(self, name: str, thing: Any) -> None:
         """Make ``thing`` known as ``name``; a later registration replaces an earlier one."""
         self._objects[name] = thing
@@ -88,6 +93,19 @@ PREDICTORS = Registry(
     },
     group="understudy.predictors",
 )
+
+ORACLES = ("belady",)  # they need to know the future, which only a recorded trace has
+
+
+def require(evictor: str, predictor: str) -> None:
+    """Complain about a mistyped policy before anything slow begins."""
+    EVICTORS.get(evictor)
+    PREDICTORS.get(predictor)
+    if evictor in ORACLES:
+        raise UnknownName(
+            f"evictor {evictor!r} knows the future and can only replay traces; use lru or lfu"
+        )
+
 
 RESOLVERS = Registry(
     "resolver",

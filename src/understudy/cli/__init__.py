@@ -1,0 +1,99 @@
+"""The command line: ``understudy run``, ``chat``, ``bench``, ``demo``, ``inspect``, ...
+
+Knows: the commands, and how each way of ending becomes an exit code: 0 done, 1 the answer is no,
+2 the user can cure it (one line says how), 130 interrupted.
+Does not know: what a command does. `talk`, `measure` and `look` hold one group of commands each.
+
+Nothing heavy is imported before a command runs: ``--help`` and typing errors answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from understudy.cli import look, measure, screen, talk
+from understudy.core import UnderstudyError
+
+DONE, CURABLE, INTERRUPTED = 0, 2, 130
+
+# Depending on its version typer imports click or brings a copy: ask typer for the class.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="understudy",
+    help="Runs Mixture-of-Experts language models that are larger than the memory they are given.",
+    epilog="Every option has an environment twin: --max-context is UNDERSTUDY_MAX_CONTEXT.",
+    rich_markup_mode=None,  # plain help: its columns are narrow enough for names in full
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        screen.write(f"understudy {version('understudy')}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def understudy(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print it and leave."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        screen.write(context.get_help() + "\n")
+
+
+for command in (
+    measure.demo,
+    talk.run,
+    talk.chat,
+    measure.bench,
+    look.inspect,
+    measure.doctor,
+    look.families,
+):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``understudy`` program."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        code = app(list(arguments), prog_name="understudy", standalone_mode=False)
+        sys.stdout.flush()  # here, where a reader that has gone can still be met in silence
+        return code if isinstance(code, int) else DONE
+    except UnderstudyError as error:
+        screen.complain(str(error))
+        return CURABLE
+    except UsageError as error:
+        screen.complain(_usage(error))
+        return CURABLE
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        screen.silence()
+        return DONE
+
+
+def _usage(error: Exception) -> str:
+    """A mistyped command line in one line, with the place to read on."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "understudy"
+    reason = error.format_message() if hasattr(error, "format_message") else str(error)
+    return f"{reason.rstrip('.').replace(chr(10), ' ')}; see {command} --help"

@@ -1,0 +1,346 @@
+"""The commands that measure: ``demo``, ``bench`` and ``doctor``.
+
+Knows: how rows become tables. Does not know: how they are measured (`bench`, `demo`, `plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from understudy.cli import screen
+from understudy.cli.options import EngineOptions, Json, Model, option, takes_engine_options
+from understudy.cli.session import quiet_guests
+from understudy.core import UnderstudyError
+
+if TYPE_CHECKING:
+    from understudy.bench import Rates, Row
+    from understudy.demo import Outcome
+
+NOT_EXACT = 1  # exit code: everything ran, and the answer is no
+
+# ----------------------------------------------------------------------------------------- demo
+
+
+def demo(
+    *,
+    small: Annotated[
+        bool, option("--small", help="Compare on the small model itself; writes no twin.")
+    ] = False,
+    rounds: Annotated[int, option("--rounds", help="Timed rounds.", metavar="N", min=1)] = 5,
+    json: Json = False,
+) -> int:
+    """Show it: text, then three ways of running compared.
+
+    The text comes with 40 % of the experts in memory; the table from a wide twin of the model.
+    """
+    from understudy.demo import OPENING, compare, reference_model, tell, twin_of
+
+    with screen.waiting("loading"):
+        quiet_guests()
+        model = reference_model()
+    screen.say(f"{model.name}: it continues {OPENING!r}; experts are read from disk as needed")
+    tell(model, screen.write if not json else screen.write_beside, screen.say)
+    with screen.progress() as bar:
+        subject = model if small else twin_of(model, bar)
+        outcome = compare(subject, bar, rounds)
+    screen.show(comparison(outcome), json_too=json)
+    (screen.say if json else screen.tell)(verdict(outcome))
+    if json:
+        screen.write_json(outcome.as_dict())
+    return 0 if outcome.exact else NOT_EXACT
+
+
+def comparison(outcome: Outcome) -> Table:
+    """The demo's table."""
+    from understudy.plan import shown_size
+
+    held = 100 * outcome.expert_budget_bytes / max(1, outcome.expert_bytes)
+    table = screen.grid(
+        "", "ms/token", "min-max", "first token", "read/token", "hits", "late", "missed",
+        "stall", "floor own", "belady",
+        title=f"{outcome.model}: {shown_size(outcome.expert_bytes)} of experts, {held:.0f} % held",
+    )  # fmt: skip
+    for row in outcome.rows:
+        seconds, lookups = row.seconds, max(1, row.counters.lookups)
+        shares = (row.counters.hits, row.counters.late, row.counters.misses)
+        table.add_row(
+            row.policy,
+            _ms(seconds.median),
+            f"{_ms(seconds.low)}-{_ms(seconds.high)}",
+            f"{_ms(outcome.ttft[row.policy])} ms",
+            shown_size(row.bytes),
+            *(f"{100 * share / lookups:.0f} %" for share in shares),
+            *(f"{_ms(x)} ms" for x in (row.stall, row.floor_own, row.floor_belady)),
+        )
+    return table
+
+
+def verdict(outcome: Outcome) -> str:
+    if outcome.exact:
+        return (
+            f"exact: all {outcome.tokens} tokens and every bit of their logits equal the fully "
+            f"resident run, all {len(outcome.rows)} ways ({_speeds(outcome.rates)})"
+        )
+    return "NOT exact: tokens or logits differ from the fully resident run; please report this"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
+
+
+def _speeds(rates: Rates) -> str:
+    return f"disk {_gb(rates.disk)}, memory {_gb(rates.memory)}, both as measured in this run"
+
+
+def _gb(rate: float | None) -> str:
+    return "-" if not rate else f"{rate / 1e9:.2f} GB/s"
+
+
+# ---------------------------------------------------------------------------------------- bench
+
+
+@takes_engine_options
+def bench(
+    model: Model,
+    *,
+    policy: Annotated[
+        str | None,
+        option(
+            "--policy",
+            metavar="A,B,C",
+            help="Compare in turns: no-cache, understudy, EVICTOR or EVICTOR+PREDICTOR.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        option("--prompt-tokens", "-p", help="Default: 512, or what fits.", metavar="N", min=1),
+    ] = None,
+    generate: Annotated[
+        int, option("--new-tokens", "-n", help="Generated.", metavar="N", min=1)
+    ] = 128,
+    repeats: Annotated[
+        int, option("--repeats", "-r", help="Timed rounds.", metavar="N", min=1)
+    ] = 5,
+    json: Json = False,
+    options: EngineOptions,
+) -> None:
+    """Measure tokens per second, with floors.
+
+    Rows: pp reads a prompt, tg writes. A floor is what no program can beat on this machine.
+    """
+    from understudy.bench import Policy, measure, open_all
+
+    if policy is None:
+        own = f"{options.evictor}+{options.predictor}"
+        policies = [Policy(own, options.evictor, options.predictor)]
+    else:
+        policies = [Policy.parse(name) for name in dict.fromkeys(policy.split(","))]
+    settings = options.as_arguments()
+    with screen.waiting(f"loading {model}"):
+        quiet_guests()
+        opening = open_all(model, policies, **settings)
+        engines = opening.__enter__()
+    try:
+        for engine in engines.values():
+            screen.say(engine.plan.line())
+        length = prompt or prompt_that_fits(next(iter(engines.values())).plan.context, generate)
+        with screen.progress() as bar:
+            label = f"{repeats} rounds of {', '.join(engines)}, and one to warm up"
+            rows, rates = measure(
+                engines, length, generate, repeats, bar(label), options.io_threads
+            )
+    finally:
+        opening.__exit__(None, None, None)
+    screen.show(rates_table(model, rows, rates), json_too=json)
+    if json:
+        screen.write_json({"model": model, "rows": [bench_row(row) for row in rows]})
+
+
+def prompt_that_fits(context: int, generated: int) -> int:
+    """512 tokens, or what the context leaves beside the answer."""
+    room = context - generated - 1
+    if room < 1:
+        raise UnderstudyError(
+            f"{generated} new tokens leave no room for a prompt in a context of {context}; "
+            "try a smaller --new-tokens"
+        )
+    return min(512, room)
+
+
+def rates_table(model: str, rows: Sequence[Row], rates: Rates) -> Table:
+    from understudy.plan import shown_size
+
+    table = screen.grid(
+        "", "policy", "tokens/s", "min-max", "floor own", "belady", "read/token", "hits", "stall",
+        title=f"{model} ({_speeds(rates)})",
+    )  # fmt: skip
+    for row in rows:
+        rate = row.rate
+        hits = 100 * row.counters.hits / max(1, row.counters.lookups)
+        table.add_row(
+            row.name,
+            row.policy,
+            f"{_rate(rate.median)} ± {_rate(rate.deviation)}",
+            f"{_rate(rate.low)}-{_rate(rate.high)}",
+            _inverse(row.floor_own),
+            _inverse(row.floor_belady),
+            shown_size(row.bytes),
+            f"{hits:.0f} %",
+            f"{_ms(row.stall)} ms",
+        )
+    return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _inverse(seconds: float) -> str:
+    """A floor of time is a ceiling of tokens per second."""
+    return f"< {_rate(1 / seconds)}" if seconds else "-"
+
+
+def bench_row(row: Row) -> dict[str, Any]:
+    """One row of ``bench --json``."""
+    rate = row.rate
+    return {
+        "test": row.name,
+        "policy": row.policy,
+        "tokens_per_second": round(rate.median, 4),
+        "min": round(rate.low, 4),
+        "max": round(rate.high, 4),
+        "deviation": round(rate.deviation, 4),
+        "bytes_per_token": round(row.bytes),
+        "hits": row.counters.hits,
+        "late": row.counters.late,
+        "misses": row.counters.misses,
+        "stall_ms": round(1000 * row.stall, 3),
+        "floor_own_ms": round(1000 * row.floor_own, 4),
+        "floor_belady_ms": round(1000 * row.floor_belady, 4),
+    }
+
+
+# --------------------------------------------------------------------------------------- doctor
+
+DOCTOR_THREADS = (1, 2, 4, 8)
+DOCTOR_BLOCKS = (256 << 10, 1 << 20, 4 << 20)
+
+
+def doctor(
+    path: Annotated[
+        Path | None,
+        typer.Argument(help="A file or folder on the disk in question; default: a model here."),
+    ] = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Say what this machine is and how fast it reads."""
+    file = largest_file(path)
+    report = examine(file)
+    screen.show(screen.facts(report_lines(report)), json_too=json)
+    if report["disk"]:
+        screen.show(disk_table(report["disk"]), json_too=json)
+    if json:
+        screen.write_json(report)
+
+
+def largest_file(path: Path | None) -> Path | None:
+    """What to read: the file itself, the largest in the folder, else a model's weights."""
+    if path is not None and not path.exists():
+        raise UnderstudyError(f"{path} does not exist; name a file or folder to read from")
+    if path is not None and path.is_file():
+        return path
+    files = list(path.rglob("*") if path is not None else _known_weights())
+    sized = [(file.stat().st_size, file) for file in files if file.is_file()]
+    if path is not None and not sized:
+        raise UnderstudyError(f"{path} holds no file to read; name a model's folder")
+    return max(sized)[1] if sized else None
+
+
+def _known_weights() -> list[Path]:
+    from understudy.demo import cache_folder, models_folder
+
+    folders = [cache_folder()]
+    try:
+        folders.append(models_folder())
+    except UnderstudyError:
+        screen.say("no reference models here; doctor PATH reads another file")
+    return [file for folder in folders for file in folder.glob("*/*.safetensors")]
+
+
+def examine(file: Path | None) -> dict[str, Any]:
+    """Everything ``doctor`` reports, as plain values."""
+    import platform
+    from importlib.metadata import version
+
+    from understudy import plan
+
+    with screen.progress() as bar:
+        disk = _disk_speeds(file, bar("reading the disk")) if file is not None else []
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()}",
+            **{name: version(name) for name in ("understudy", "torch", "transformers")},
+        },
+        "cpus": len(_cpus()),
+        "free_memory": plan.free_memory(),
+        "auto_memory": plan.automatic_budget(plan.free_memory()),
+        "memory_bandwidth": plan.memory_bandwidth(),
+        "file": str(file) if file is not None else None,
+        "direct_io": plan.direct_io_works(file) if file is not None else None,
+        "disk": disk,
+    }
+
+
+def _cpus() -> Sequence[int]:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+def _disk_speeds(file: Path, report: Any) -> list[dict[str, Any]]:
+    from understudy import plan
+
+    direct = plan.direct_io_works(file)
+    cells = [(threads, block) for threads in DOCTOR_THREADS for block in DOCTOR_BLOCKS]
+    speeds = []
+    for done, (threads, block) in enumerate(cells, start=1):
+        speed = plan.disk_bandwidth(file, threads, block, 128 << 20, direct)
+        speeds.append({"threads": threads, "block_bytes": block, "bytes_per_second": speed})
+        report(done, len(cells))
+    return speeds
+
+
+def report_lines(report: dict[str, Any]) -> dict[str, str]:
+    from understudy.plan import shown_size
+
+    answer = {True: "yes", False: "no; reads go through the page cache", None: "no file to try"}
+    return {
+        **report["versions"],
+        "cpus": str(report["cpus"]),
+        "free memory": f"{shown_size(report['free_memory'])}, of which --memory auto takes "
+        f"{shown_size(report['auto_memory'])}",
+        "memory bandwidth": _gb(report["memory_bandwidth"]),
+        "direct I/O": answer[report["direct_io"]],
+        "read from": report["file"] or "-",
+    }
+
+
+def disk_table(disk: Sequence[dict[str, Any]]) -> Table:
+    from understudy.plan import shown_size
+
+    speed = {(cell["threads"], cell["block_bytes"]): cell["bytes_per_second"] for cell in disk}
+    columns = [f"{shown_size(block)} reads" for block in DOCTOR_BLOCKS]
+    table = screen.grid("disk", *columns)
+    for threads in DOCTOR_THREADS:
+        label = f"{threads} thread{'s' if threads > 1 else ''}"
+        table.add_row(label, *(_gb(speed[threads, block]) for block in DOCTOR_BLOCKS))
+    return table

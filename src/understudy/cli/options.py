@@ -1,0 +1,108 @@
+"""The options that several commands share, each written once.
+
+Knows: names, defaults, help texts and environment twins.
+Does not know: what an option does; `EngineOptions` is handed to the engine as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from understudy.registry import EVICTORS, ORACLES, PREDICTORS, require
+
+
+def option(*names: str, help: str, **more: Any) -> Any:
+    """A typer option with its environment twin: ``--max-context`` is ``UNDERSTUDY_MAX_CONTEXT``."""
+    long_name = next(name for name in names if name.startswith("--"))
+    twin = "UNDERSTUDY_" + long_name.split("/")[0].strip("-").replace("-", "_").upper()
+    return typer.Option(*names, help=help, envvar=twin, show_envvar=False, **more)
+
+
+_EVICTORS = ", ".join(name for name in EVICTORS.builtin_names if name not in ORACLES)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hugging Face id.")
+]
+MaxContext = Annotated[
+    int | None, option("--max-context", help="Tokens of prompt and answer.", metavar="N", min=1)
+]
+Json = Annotated[bool, option("--json", help="Print the result as one line of JSON.")]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What `understudy.engine.Engine` can be told from the command line."""
+
+    memory: Annotated[
+        str,
+        option("--memory", help="8GiB, 512MiB, 50% (of the checkpoint) or auto.", metavar="SIZE"),
+    ] = "auto"
+    max_context: MaxContext = None
+    evictor: Annotated[
+        str, option("--evictor", help=f"Who leaves: {_EVICTORS}.", metavar="NAME")
+    ] = "lru"
+    predictor: Annotated[
+        str,
+        option(
+            "--predictor",
+            "--prefetch",
+            help=f"Who comes early: {', '.join(PREDICTORS.builtin_names)}.",
+            metavar="NAME",
+        ),
+    ] = "next-gate"
+    depth: Annotated[
+        int, option("--depth", help="Layers to predict ahead.", metavar="N", min=1, max=8)
+    ] = 1
+    io_threads: Annotated[
+        int, option("--io-threads", help="Reading threads.", metavar="N", min=1)
+    ] = 4
+    prefill_chunk_size: Annotated[
+        int, option("--prefill-chunk-size", help="Prompt tokens per forward.", metavar="N", min=1)
+    ] = 512
+    dtype: Annotated[
+        str,
+        option("--dtype", help="auto (as stored), bfloat16, float16 or float32.", metavar="NAME"),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        option("--threads", help="Computing threads; default: torch's.", metavar="N", min=1),
+    ] = None
+    direct_io: Annotated[
+        bool, option("--direct-io/--no-direct-io", help="Read past the page cache.")
+    ] = True
+
+    def check_names(self) -> None:
+        """Complain about a mistyped policy before anything slow begins."""
+        require(self.evictor, self.predictor)
+
+    def as_arguments(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def takes_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Replaces a command's parameter ``options`` by one option per field of `EngineOptions`."""
+    names = [field.name for field in fields(EngineOptions)]
+    hints = get_type_hints(EngineOptions, include_extras=True)
+
+    @wraps(command)
+    def with_options(**given: Any) -> Any:
+        options = EngineOptions(**{name: given.pop(name) for name in names})
+        options.check_names()
+        return command(options=options, **given)
+
+    own = signature(command, eval_str=True)
+    kept = [p for p in own.parameters.values() if p.name != "options"]
+    added = [
+        Parameter(
+            field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(EngineOptions)
+    ]
+    with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    return with_options
