@@ -3,34 +3,17 @@ loads: bit for bit, for every family of the installed transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from families import configs
-from torch import nn
 from transformers import PreTrainedModel
 
-from understudy.checkpoint import Checkpoint, ExpertsModule
+from understudy.checkpoint import Checkpoint
 from understudy.core import ExpertLayout, Piece
-from understudy.families import experts_classes, families
-
-
-def experts_of(model: nn.Module) -> Iterator[tuple[ExpertsModule, nn.Module]]:
-    """The Experts modules of a model, described as `ExpertsModule` says."""
-    layer = 0
-    for name, module in model.named_modules():
-        if type(module).__name__ not in experts_classes():
-            continue
-        count = module.num_experts
-        params = {
-            key: tuple(param.shape)
-            for key, param in module.named_parameters(recurse=False)
-            if param.ndim >= 2 and param.shape[0] == count
-        }
-        yield ExpertsModule(name, layer, count, params, module.is_transposed), module
-        layer += 1
+from understudy.families import families
 
 
 def piece(read: bytes, piece: Piece) -> torch.Tensor:
@@ -59,7 +42,7 @@ def without_experts(loaded: PreTrainedModel) -> PreTrainedModel:
     """The model as the engine has it: on meta, expert parameters removed."""
     with torch.device("meta"):
         model = type(loaded)(loaded.config)
-    for described, module in experts_of(model):
+    for described, module in configs.experts_of(model):
         for param in described.params:
             delattr(module, param)
     return model
@@ -69,7 +52,7 @@ def without_experts(loaded: PreTrainedModel) -> PreTrainedModel:
 def test_an_expert_is_its_bytes(family: str, tmp_path: Path) -> None:
     configs.build(family, tmp_path)
     loaded = configs.load(family, tmp_path)
-    described = list(experts_of(loaded))
+    described = list(configs.experts_of(loaded))
     checkpoint = Checkpoint.open(tmp_path)
     modules = [module for module, _ in described]
     layouts = checkpoint.layouts(without_experts(loaded), modules)
