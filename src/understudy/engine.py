@@ -424,7 +424,7 @@ class Engine:
                 prompt, add_generation_prompt=True, return_dict=False
             )
             return list(ids)
-        return [int(i) for i in prompt]  # type: ignore[call-overload]
+        return [int(i) for i in prompt]  # type: ignore[call-overload,arg-type]
 
     def generate(
         self,

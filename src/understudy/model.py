@@ -80,7 +80,7 @@ def skeleton(config: Any) -> nn.Module:
 
 def find_experts(model: Any) -> list[ExpertsModule]:
     """The Experts modules of a skeleton that use transformers' experts interface, in order."""
-    found = []
+    found: list[ExpertsModule] = []
     for name, module in model.named_modules():
         if _has_interface(module):
             shapes = {n: tuple(p.shape) for n, p in _expert_params(module).items()}

@@ -66,7 +66,9 @@ class Director:
     def _look_up(
         self, needed: Sequence[ExpertId]
     ) -> tuple[list[ExpertId], list[ExpertId], list[ExpertId]]:
-        hits, late, missing = [], [], []
+        hits: list[ExpertId] = []
+        late: list[ExpertId] = []
+        missing: list[ExpertId] = []
         for expert in needed:
             state = self.book.state(expert)
             group = hits if state is State.READY else missing if state is State.FREE else late
