@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import widen as module
-from training.widen import twin_bytes, widen
+from understudy import widen as module
+from understudy.widen import twin_bytes, widen
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
