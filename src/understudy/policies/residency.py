@@ -101,9 +101,9 @@ class Residency:
 
     def fail(self, expert: ExpertId) -> None:
         """RESERVED or IN_FLIGHT -> FREE: cancelled, or the read failed. Pins go with it."""
-        slot = self._where[expert]
-        if slot.state is State.READY:
-            raise BookError(f"{expert} is ready, it cannot fail")
+        slot = self._where.get(expert)
+        if slot is None or slot.state is State.READY:
+            raise BookError(f"{expert} is not on its way, it cannot fail: {slot}")
         self._release(slot)
 
     def evict(self, expert: ExpertId) -> Slot:
@@ -116,7 +116,10 @@ class Residency:
         return before
 
     def pin(self, expert: ExpertId) -> None:
-        self._where[expert].pins += 1
+        slot = self._where.get(expert)
+        if slot is None:
+            raise BookError(f"{expert} holds no slot to be pinned in")
+        slot.pins += 1
 
     def unpin(self, expert: ExpertId) -> None:
         slot = self._where.get(expert)
