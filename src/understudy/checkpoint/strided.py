@@ -256,9 +256,16 @@ class Joined(Strided):
         return tuple(_join(axis, row) for row in zip(*rows, strict=True))
 
     def divide(self, dim: int, inner: int) -> Strided:
-        if self.shape[dim] == inner and dim == self.axis:  # a new axis of one, not a cut
+        if dim != self.axis:
+            return self._map(self.axis + (dim < self.axis), lambda p: p.divide(dim, inner))
+        if self.shape[dim] == inner:  # a new axis of one, not a cut
             return self._map(dim + 1, lambda p: p.divide(dim, p.shape[dim]))
-        return self._map(self.axis + (dim < self.axis), lambda p: p.divide(dim, inner))
+        if all(part.shape[dim] % inner == 0 for part in self.parts):
+            return self._map(dim, lambda p: p.divide(dim, inner))
+        rows = self.split(inner, dim)  # no row is a run of whole parts
+        if rows[-1].shape[dim] != inner:
+            raise NotAView(f"axis of {self.shape[dim]} divided by {inner}")
+        return _join(dim, [row.unsqueeze(dim) for row in rows])
 
     def merge(self, dim: int) -> Strided:
         if self.axis == dim + 1 and self.shape[dim] > 1:
