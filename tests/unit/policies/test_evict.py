@@ -1,0 +1,233 @@
+"""Evictors: answers known by hand, and an oracle that nobody beats."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from functools import cache
+from itertools import combinations
+
+import pytest
+from unit.policies.traces import TEXTBOOK, at_random, event, singles, sweeps
+
+from understudy.core import ExpertId, LayerEvent
+from understudy.policies import Evictor
+from understudy.registry import EVICTORS, ORACLES
+from understudy.simulate import replay
+
+NAMES = EVICTORS.builtin_names
+ONLINE = [name for name in NAMES if name not in ORACLES]
+
+
+def make(name: str, *, slots: int = 4, layers: int = 1) -> Evictor:
+    found: Evictor = EVICTORS.get(name)(slots=slots, layers=layers)
+    return found
+
+
+def use(evictor: Evictor, layer: int, *experts: int) -> None:
+    """One event that finds all it needs, or brings it."""
+    needed = [ExpertId(layer, e) for e in experts]
+    evictor.touch(event(layer, *experts), needed)
+    for expert in needed:
+        if expert not in set(evictor.victims(layer, 1)):
+            evictor.admit(expert, speculative=False)
+
+
+def leaving(evictor: Evictor, layer: int, need: int = 1) -> list[ExpertId]:
+    """The order in which residents would go; repeats mean nothing."""
+    return list(dict.fromkeys(evictor.victims(layer, need)))
+
+
+def experts(found: Iterable[ExpertId]) -> list[int]:
+    return [e.expert for e in found]
+
+
+# ---------------------------------------------------------------------------- one page at a time
+
+
+@pytest.mark.parametrize(
+    ("name", "misses"), [("lru-global", 12), ("lru-layer", 12), ("lru", 12), ("belady", 9)]
+)
+def test_the_textbook(name: str, misses: int) -> None:
+    counted = replay(singles(TEXTBOOK), slots=3, layers=1, evictor=name)
+    assert (counted.misses, counted.hits) == (misses, len(TEXTBOOK) - misses)
+    assert counted.evictions == misses - 3
+
+
+def test_lru_follows_use_not_arrival() -> None:
+    lru = make("lru-global")
+    for expert in (0, 1, 2, 0):
+        use(lru, 0, expert)
+    assert experts(leaving(lru, 0)) == [1, 2, 0]
+
+
+def test_lfu_counts_and_breaks_ties_by_age() -> None:
+    lfu = make("lfu")
+    for expert in (0, 0, 0, 1, 2, 2, 3):
+        use(lfu, 0, expert)
+    assert experts(leaving(lfu, 0)) == [1, 3, 2, 0]
+
+
+def test_lfu_remembers_those_who_left() -> None:
+    lfu = make("lfu")
+    for expert in (0, 0, 0, 1, 1):
+        use(lfu, 0, expert)
+    lfu.remove(ExpertId(0, 0))
+    use(lfu, 0, 0)
+    assert experts(leaving(lfu, 0)) == [1, 0]
+
+
+def test_lfru_lets_old_fame_fade_and_lfu_does_not() -> None:
+    # At the last event: 0 has 4 uses, 5 events ago (4/5); 1 has 3 uses, 2 events ago (3/2).
+    refs = (0, 0, 0, 0, 1, 1, 1)
+    lfu, lfru = make("lfu"), make("lfru")
+    for evictor in (lfu, lfru):
+        for expert in refs:
+            use(evictor, 0, expert)
+        evictor.touch(event(0, 2), [ExpertId(0, 2)])
+    assert experts(leaving(lfu, 0)) == [1, 0]
+    assert experts(leaving(lfru, 0)) == [0, 1]
+
+
+def test_belady_looks_ahead() -> None:
+    future = singles((0, 1, 2, 1, 0))
+    belady = EVICTORS.get("belady")(slots=3, layers=1, future=future)
+    for e in future[:3]:
+        needed = [ExpertId(0, x) for x in e.needed()]
+        belady.touch(e, needed)
+        belady.admit(needed[0], speculative=False)
+    assert experts(leaving(belady, 0)) == [2, 0, 1]  # never again, last, next
+
+
+def test_an_oracle_needs_a_future() -> None:
+    with pytest.raises(ValueError, match="recorded trace"):
+        make("belady")
+
+
+# ------------------------------------------------------------------------------- several layers
+
+
+def test_a_layer_gives_its_surplus_first() -> None:
+    evictor = make("lru-layer", slots=4, layers=2)  # two slots each
+    use(evictor, 0, 0)
+    for expert in (10, 11, 12):
+        use(evictor, 1, expert)
+    assert leaving(evictor, 0)[0] == ExpertId(1, 10)  # layer 1 is one over its share
+
+
+def test_a_layer_within_its_share_replaces_its_own() -> None:
+    evictor = make("lru-layer", slots=4, layers=2)
+    use(evictor, 0, 0, 1)
+    use(evictor, 1, 0, 1)
+    assert leaving(evictor, 1)[:2] == [ExpertId(1, 0), ExpertId(1, 1)]
+    assert leaving(evictor, 0)[:2] == [ExpertId(0, 0), ExpertId(0, 1)]
+
+
+def test_of_several_surpluses_the_layer_that_ran_last_gives_first() -> None:
+    evictor = make("lru-layer", slots=3, layers=3)
+    for layer in range(3):
+        use(evictor, layer, 0, 1)
+    assert leaving(evictor, 1)[:2] == [ExpertId(0, 0), ExpertId(2, 0)]
+
+
+def test_global_lru_cycles_below_one_sweep_and_lru_notices() -> None:
+    # Three layers, two experts each, the same in every step: a sweep of six through four slots.
+    trace = sweeps(10, [(0, 1), (0, 1), (0, 1)])
+    hits = {
+        name: replay(trace, slots=4, layers=3, evictor=name, from_event=3).hits
+        for name in ("lru-global", "lru-layer", "lru")
+    }
+    assert hits == {"lru-global": 0, "lru-layer": 18, "lru": 18}  # two of six, nine times
+
+
+def test_lru_is_global_lru_where_the_sweep_fits() -> None:
+    for seed in range(5):
+        trace = at_random(seed, steps=40, layers=3, experts=8, k=2)
+        counted = [replay(trace, slots=7, layers=3, evictor=name) for name in ("lru", "lru-global")]
+        assert counted[0] == counted[1]
+
+
+def test_lru_changes_its_mind_with_the_size_of_events() -> None:
+    lru = make("lru", slots=4, layers=2)
+    use(lru, 0, 0, 1)  # 2 experts x 2 layers fit
+    use(lru, 1, 0, 1)
+    assert leaving(lru, 1)[0] == ExpertId(0, 0)
+    use(lru, 1, 0, 1, 2)  # 3 x 2 do not: layer 1 is one over its share, and gives to layer 0
+    assert leaving(lru, 0)[0] == ExpertId(1, 0)
+    use(lru, 1, 1)
+    assert leaving(lru, 0)[0] == ExpertId(0, 0)
+
+
+@pytest.mark.parametrize("name", ["lru-global", "lru-layer", "lru"])
+def test_the_speculated_leave_first_until_somebody_uses_them(name: str) -> None:
+    evictor = make(name)
+    use(evictor, 0, 0)
+    use(evictor, 0, 1)
+    evictor.admit(ExpertId(0, 2), speculative=True)
+    assert experts(leaving(evictor, 0)) == [2, 0, 1]
+    evictor.admit(ExpertId(0, 2), speculative=False)
+    assert experts(leaving(evictor, 0)) == [0, 1, 2]
+
+
+# -------------------------------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_resident_is_offered_and_nobody_else(name: str, seed: int) -> None:
+    dice = random.Random(seed)
+    layers, slots = 3, 6
+    trace = at_random(seed, steps=30, layers=layers, experts=6, k=2)
+    future = {"future": trace} if name in ORACLES else {}
+    evictor = EVICTORS.get(name)(slots=slots, layers=layers, **future)
+    residents: set[ExpertId] = set()
+    for e in trace:
+        needed = [ExpertId(e.layer, x) for x in e.needed()]
+        evictor.touch(e, needed)
+        for expert in needed:
+            while expert not in residents and len(residents) >= slots:
+                victim = dice.choice([r for r in sorted(residents) if r not in needed])
+                evictor.remove(victim)
+                residents.remove(victim)
+            if expert not in residents:
+                evictor.admit(expert, speculative=False)
+                residents.add(expert)
+        for layer in range(layers):
+            assert set(evictor.victims(layer, slots)) == residents
+
+
+# -------------------------------------------------------------------------------------- the oracle
+
+
+@pytest.mark.parametrize("slots", [4, 7, 12])
+@pytest.mark.parametrize("seed", range(6))
+def test_nobody_beats_belady(seed: int, slots: int) -> None:
+    trace = at_random(seed, steps=60, layers=3, experts=8, k=2)
+    misses = {n: replay(trace, slots=slots, layers=3, evictor=n).misses for n in NAMES}
+    assert misses["belady"] == min(misses.values())
+    assert misses["belady"] < misses["lru"]
+
+
+def fewest_misses(trace: list[LayerEvent], slots: int) -> int:
+    """By trying everything: all that an event needs must be there at once, the rest may stay."""
+    needs = [frozenset(ExpertId(e.layer, x) for x in e.needed()) for e in trace]
+
+    @cache
+    def best(i: int, held: frozenset[ExpertId]) -> int:
+        if i == len(needs):
+            return 0
+        others = sorted(held - needs[i])
+        room = min(slots - len(needs[i]), len(others))
+        after = (best(i + 1, needs[i] | set(kept)) for kept in combinations(others, room))
+        return len(needs[i] - held) + min(after)
+
+    return best(0, frozenset())
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_belady_is_the_best_there_is(seed: int, k: int) -> None:
+    trace = at_random(seed, steps=8, layers=2, experts=4, k=k, skew=0.5)
+    for slots in (2, 3, 4):
+        counted = replay(trace, slots=slots, layers=2, evictor="belady")
+        assert counted.misses == fewest_misses(trace, slots)
