@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from families import configs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from understudy.checkpoint import Checkpoint, ExpertsModule
@@ -116,8 +118,13 @@ except Exception as e: print(type(e).__name__, e)
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     found, missing = run.stdout.splitlines()
     assert found == str(len(Checkpoint.open(folder).tensors))
-    assert missing.startswith("CheckpointError cannot get 'not-here/model': it is not in the local")
+    assert missing.startswith("CheckpointError cannot get 'not-here/model'")
+    assert "not in the local cache" in missing
     assert "HF_HUB_OFFLINE" in missing
+
+
+def test_a_path_nobody_can_have() -> None:
+    assert "give another path" in refusal(CheckpointError, Checkpoint.open, "./" + "x" * 5000)
 
 
 # ------------------------------------------------------------------------------ not what we run
@@ -276,6 +283,8 @@ def test_header_is_not_json(tmp_path: Path, text: bytes) -> None:
         entry("F32", [-2, -1], 0, 8),
         entry("F32", ["2"], 0, 8),
         entry("F32", [2], -8, 0),
+        entry("F32", [10**4000], 0, 8),
+        entry("F32", [1] * 1000, 0, 4),
         {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 16]},
         {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
     ],
@@ -293,7 +302,7 @@ def test_unknown_dtype(tmp_path: Path, dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [entry("F32", [2], 0, 4), entry("BF16", [3], 0, 8), entry("F32", [10**30], 0, 8)],
+    [entry("F32", [2], 0, 4), entry("BF16", [3], 0, 8), entry("F32", [10**18, 10**18], 0, 8)],
 )
 def test_shape_and_bytes_disagree(tmp_path: Path, bad: Any) -> None:
     file = write(tmp_path / "x", {"t": bad}, bytes(8))
@@ -328,6 +337,25 @@ def test_bytes_behind_the_last_tensor(tmp_path: Path) -> None:
 def test_metadata_and_empty_tensors_are_fine(tmp_path: Path) -> None:
     header = {"__metadata__": {"a": "b"}, "e": entry("F32", [0, 3], 0, 0)}
     assert [t.name for t in read_header(write(tmp_path / "x", header))] == ["e"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, 700), put=st.binary(min_size=1, max_size=9))
+def test_no_damage_to_a_header_goes_unnamed(
+    at: int, put: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever is overwritten: a clean refusal, or tensors that lie inside the file."""
+    file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    save_file({f"tensor.{i}": torch.zeros(4, i) for i in range(8)}, file)
+    raw = bytearray(file.read_bytes())
+    raw[at : at + len(put)] = put
+    file.write_bytes(raw)
+    try:
+        found = read_header(file)
+    except CheckpointError as e:
+        assert len(str(e).splitlines()) == 1
+    else:
+        assert all(t.offset + t.nbytes <= len(raw) for t in found)
 
 
 # ---------------------------------------------------------------------------------- experts

@@ -66,6 +66,6 @@ class Checkpoint:
         """Bytes of the stored tensors that the model keeps resident, by safetensors dtype, so that
         a caller can work out what they take in another one."""
         total: Counter[str] = Counter()
-        for tensor in _layouts.route(self.tensors, model, modules).dense:
+        for tensor in _layouts.dense(self.tensors, model, modules):
             total[tensor.dtype] += tensor.nbytes
         return dict(total)

@@ -22,6 +22,7 @@ from typing import Any
 from understudy.core import CheckpointError, QuantizedExperts, UnsupportedFamily
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers too
+MAX_AXES = 16
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
@@ -58,9 +59,13 @@ class TensorInfo:
 def find(source: str | Path) -> Path:
     """The local folder of a path or a hub id; a hub id is downloaded, or found in the cache."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as e:
+        raise CheckpointError(f"cannot look at {path}: {e.strerror}; give another path") from e
+    if is_folder:
         return path.resolve()
-    if path.is_file():
+    if is_file:
         raise CheckpointError(f"{path} is a file: give the folder it is in, {path.parent}")
     if not _looks_like_hub_id(str(source)):
         raise CheckpointError(
@@ -86,7 +91,9 @@ def _download(repo: str) -> Path:
     except CheckpointError:
         raise
     except Exception as e:  # the hub raises a dozen kinds; for a user they are one
-        raise CheckpointError(f"cannot get {repo!r}: {_why_not(e)}") from e
+        raise CheckpointError(
+            f"cannot get {repo!r} (no such folder, so taken for a hub id): {_why_not(e)}"
+        ) from e
 
 
 def _why_not(error: Exception) -> str:
@@ -271,7 +278,8 @@ def _tensor(file: Path, number: int, start: int, name: str, entry: Any) -> Tenso
         ) from e
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
-            f"{file}: {name!r} has unknown dtype {dtype!r}: it may need a newer understudy"
+            f"{file}: {name!r} has unknown dtype {str(dtype)[:40]!r}: it may need a newer"
+            " understudy"
         )
     if prod(shape) * BITS[dtype] != 8 * (end - begin):
         raise CheckpointError(
@@ -282,8 +290,11 @@ def _tensor(file: Path, number: int, start: int, name: str, entry: Any) -> Tenso
 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or any(type(v) is not int or v < 0 for v in values):
-        raise ValueError(values)
+    """A short list of integers, each fit for a 64-bit file offset."""
+    if not isinstance(values, list) or len(values) > MAX_AXES:
+        raise ValueError("not a short list")
+    if any(type(v) is not int or not 0 <= v < 2**63 for v in values):
+        raise ValueError("not whole numbers")
     return tuple(values)
 
 

@@ -61,19 +61,6 @@ class ExpertsModule:
         return {f"{self.name}.{param}": shape for param, shape in self.params.items()}
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Where the conversion rules send each stored tensor.
-
-    ``experts``: full name of an expert parameter -> its address. ``dense``: stored tensors that
-    other parameters of the model are made of. Tensors the model has no use for (extra heads,
-    layers for speculative decoding) are in neither.
-    """
-
-    experts: Mapping[str, Strided]
-    dense: tuple[TensorInfo, ...]
-
-
 @dataclass
 class _Group:
     """Source tensors of one target parameter, by the pattern that matched them."""
@@ -91,23 +78,35 @@ def layouts(
             f"{type(model).__name__} has no experts modules, so it is not a Mixture-of-Experts"
             " model this engine can run: load it with transformers itself"
         )
-    routes = route(tensors, model, modules)
+    addresses = _addresses(tensors, model, modules)
     return {
         expert: layout
         for module in modules
-        for expert, layout in _module_layouts(module, routes.experts)
+        for expert, layout in _module_layouts(module, addresses)
     }
+
+
+def dense(
+    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
+) -> tuple[TensorInfo, ...]:
+    """The stored tensors that the other parameters of the model are made of. Tensors the model has
+    no use for (extra heads, layers for speculative decoding) are not among them."""
+    return _collect(tensors, model, _wanted(modules))[1]
 
 
 # ------------------------------------------------------------------- names: which tensor goes where
 
 
-def route(
+def _wanted(modules: Sequence[ExpertsModule]) -> dict[str, tuple[int, ...]]:
+    return {key: shape for module in modules for key, shape in module.keys().items()}
+
+
+def _addresses(
     tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
-) -> Routes:
-    """Send every stored tensor through transformers' renamings and converters."""
-    wanted = {key: shape for module in modules for key, shape in module.keys().items()}
-    groups, dense = _collect(tensors, model, wanted)
+) -> dict[str, Strided]:
+    """Full name of every expert parameter -> its address, of the right shape."""
+    wanted = _wanted(modules)
+    groups, _ = _collect(tensors, model, wanted)
     experts: dict[str, Strided] = {}
     guest = _Guest(model, wanted)
     for target, group in groups.items():
@@ -119,13 +118,14 @@ def route(
     for module in modules:
         for key, shape in module.keys().items():
             _check(key, shape, experts.get(key), groups.get(key), module.num_experts)
-    return Routes(experts, dense)
+    return experts
 
 
 def _collect(
     tensors: Mapping[str, TensorInfo], model: Any, wanted: Mapping[str, Any]
 ) -> tuple[dict[str, _Group], tuple[TensorInfo, ...]]:
-    """The first half of ``convert_and_load_state_dict_in_model`` of transformers."""
+    """Source tensors per expert parameter, and the dense ones. These are the steps of the first
+    half of ``convert_and_load_state_dict_in_model`` in transformers."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
