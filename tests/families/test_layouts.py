@@ -16,7 +16,6 @@ from understudy.checkpoint import Checkpoint
 from understudy.core import ExpertLayout, Piece
 from understudy.families import families
 
-
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -80,22 +79,17 @@ def test_an_expert_is_its_bytes(family: str, tmp_path: Path) -> None:
 # Published checkpoints are not always what save_pretrained writes today.
 
 
-def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Fused tensors as ``experts.N.gate_proj.weight`` and so on, one name per matrix."""
-    split: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            split[name] = tensor
-            continue
-        stem, _, last = name.rpartition(".")
-        for expert, matrix in enumerate(tensor):
-            if last == "down_proj":
-                split[f"{stem}.{expert}.down_proj.weight"] = matrix.clone()
-            else:
-                gate, up = matrix.chunk(2, dim=0)
-                split[f"{stem}.{expert}.gate_proj.weight"] = gate.clone()
-                split[f"{stem}.{expert}.up_proj.weight"] = up.clone()
-    return split
+def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``experts.N.gate_proj.weight`` and so on as one ``gate_up_proj`` and one ``down_proj``."""
+    kept = {k: v for k, v in tensors.items() if ".mlp.experts." not in k}
+    stems = {k.partition(".mlp.experts.")[0] + ".mlp.experts." for k in tensors.keys() - kept}
+    for stem in stems:
+        gate, up, down = (
+            torch.stack([tensors[f"{stem}{n}.{m}_proj.weight"] for n in range(configs.EXPERTS)])
+            for m in ("gate", "up", "down")
+        )
+        kept |= {f"{stem}gate_up_proj": torch.cat([gate, up], dim=1), f"{stem}down_proj": down}
+    return kept
 
 
 def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,7 +101,7 @@ def transposed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("family", "published"), [("qwen3_5_moe", per_expert), ("qwen3_vl_moe", transposed)]
+    ("family", "published"), [("qwen3_5_moe", fused), ("qwen3_vl_moe", transposed)]
 )
 def test_an_expert_is_its_bytes_as_published(
     family: str, published: Change, tmp_path: Path
