@@ -41,10 +41,10 @@ def replay(
         switch=SelfSwitch(enabled=False),
         nbytes=nbytes,
     )
-    before = Counters()
-    for i, event in enumerate(events):
-        if i == from_event:
-            before = director.counters.copy()
+    for event in events[:from_event]:
+        _carry_out(director, event)
+    before = director.counters.copy()
+    for event in events[from_event:]:
         _carry_out(director, event)
     book.check_integrity(idle=True)
     return director.counters - before
