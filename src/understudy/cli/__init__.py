@@ -70,7 +70,10 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``understudy`` program."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    code = _run(sys.argv[1:] if arguments is None else arguments)
+    if code == INTERRUPTED:
+        screen.leave_at_once(code)
+    sys.exit(code)
 
 
 def _run(arguments: Sequence[str]) -> int:

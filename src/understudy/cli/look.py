@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from understudy.cli import screen
+from understudy.cli import screen, session
 from understudy.cli.options import Json, MaxContext, Model
-from understudy.cli.session import quiet_guests
 
 
 def inspect(model: Model, *, max_context: MaxContext = None, json: Json = False) -> None:
     """Say what a checkpoint is and what memory it needs."""
     with screen.waiting(f"reading {model}"):
-        quiet_guests()
+        session.quiet_guests()
         from understudy.engine import inspect as inspect_checkpoint
         from understudy.plan import shown_size, typed_size
 
@@ -41,7 +40,7 @@ def inspect(model: Model, *, max_context: MaxContext = None, json: Json = False)
 def families(*, json: Json = False) -> None:
     """List the model families that work, or why not."""
     with screen.waiting("looking through transformers"):
-        quiet_guests()
+        session.quiet_guests()
         from understudy.families import support
 
         known = support()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from understudy.cli import screen
+from understudy.cli import screen, session
 from understudy.cli.options import EngineOptions, Json, Model, option, takes_engine_options
-from understudy.cli.session import quiet_guests
 from understudy.core import UnderstudyError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def demo(
     from understudy.demo import OPENING, compare, reference_model, tell, twin_of
 
     with screen.waiting("loading"):
-        quiet_guests()
+        session.quiet_guests()
         model = reference_model()
     screen.say(f"{model.name}: it continues {OPENING!r}; experts are read from disk as needed")
     tell(model, screen.write if not json else screen.write_beside, screen.say)
@@ -142,7 +141,7 @@ def bench(
         policies = [Policy.parse(name) for name in dict.fromkeys(policy.split(","))]
     settings = options.as_arguments()
     with screen.waiting(f"loading {model}"):
-        quiet_guests()
+        session.quiet_guests()
         opening = open_all(model, policies, **settings)
         engines = opening.__enter__()
     try:
