@@ -87,6 +87,7 @@ class Runtime:
     ) -> torch.Tensor:
         """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]. ``layer`` counts MoE layers."""
         with torch.no_grad(), self._section:
+            self.transfer.require_open()
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
             if rows is None:
@@ -163,9 +164,11 @@ class Runtime:
     # ------------------------------------------------------------------------------------ the end
 
     def close(self) -> None:
-        """Stop reading and give the memory back. Later calls of the model fail."""
+        """Stop reading and give the memory back. Later calls of the model fail, and so does one
+        that waits for an expert in another thread; one that computes finishes its event first."""
         self.transfer.close()
-        self.store.close()
+        with self._section:
+            self.store.close()
 
 
 class _Errand:
@@ -192,7 +195,9 @@ class _Errand:
         while True:
             self._start_loads()
             for i, expert in enumerate(self.todo):
-                if self.director.book.ready(expert) and expert in self.pinned:
+                if expert not in self.pinned:
+                    continue  # its load has not started yet
+                if self.director.book.ready(expert):
                     del self.todo[i]
                     slot = self.director.book.slot(expert)
                     assert slot is not None

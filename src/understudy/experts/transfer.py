@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from understudy.core import ExpertId, Guess
+from understudy.core import ExpertId, Guess, UnderstudyError
 from understudy.experts.store import Chunk, Store
 from understudy.policies.residency import Residency, Slot
 
@@ -128,6 +128,7 @@ class TransferQueue:
 
     def demand(self, expert: ExpertId, slot: Slot) -> None:
         """Read ``expert`` into its reserved slot, after the demands already queued."""
+        self.require_open()
         self._errors.pop(expert, None)  # of a forward that was interrupted before it saw it
         self._demand.append(self._start(expert, slot, DEMAND_BLOCK, speculative=False))
         self._demands_open += 1
@@ -135,6 +136,7 @@ class TransferQueue:
 
     def promote(self, expert: ExpertId) -> None:
         """Somebody needs a speculation that is under way: from now on it is a demand."""
+        self._errors.pop(expert, None)  # as in `demand`
         job = self._jobs.get(expert)
         if job is not None and job.speculative:
             job.speculative = False
@@ -156,13 +158,19 @@ class TransferQueue:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until something landed or failed (spurious wake-ups are possible)."""
+        self.require_open()
         return self.lock.wait(timeout)
 
     def settle(self) -> None:
         """Wait until nothing is under way and nothing is queued."""
         self._guesses.clear()
         while self._jobs:
-            self.lock.wait()
+            self.wait()
+
+    def require_open(self) -> None:
+        """Raise if nothing will ever be read again."""
+        if self._stop:
+            raise UnderstudyError("this model was closed; load it again to use it")
 
     @property
     def queued(self) -> int:
