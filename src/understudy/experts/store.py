@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from understudy.core import ExpertId, ExpertLayout, ReadFailed
@@ -76,7 +77,9 @@ class Arena:
         self.slots, self.nbytes = slots, nbytes
         self._map = mmap.mmap(-1, slots * nbytes)
         self._view = memoryview(self._map)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        # Through numpy: it exports the buffer, so that the mapping cannot be closed under a tensor
+        # (torch.frombuffer does not, and such a tensor would crash the process).
+        self.tensor = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
 
     def view(self, slot: int) -> memoryview:
         return self._view[slot * self.nbytes : (slot + 1) * self.nbytes]
