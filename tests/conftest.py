@@ -1,0 +1,89 @@
+"""Tiny random Mixture-of-Experts checkpoints, made on the spot by transformers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VOCABULARY = 96
+FAMILIES = ("mixtral", "qwen3_moe")
+DTYPES = ("float32", "bfloat16")
+
+Tiny = Callable[..., Path]
+
+
+def _config(family: str) -> Any:
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,  # enough for logits that tell tokens apart
+        "bos_token_id": 1,
+        "eos_token_id": None,  # a random model must not stop by chance
+        "pad_token_id": 0,
+    }
+    if family == "mixtral":
+        return transformers.MixtralConfig(
+            **common, num_hidden_layers=3, intermediate_size=40, num_local_experts=8
+        )
+    return transformers.Qwen3MoeConfig(
+        **common, num_hidden_layers=4, intermediate_size=64, moe_intermediate_size=24, num_experts=8
+    )
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny models: a second thread costs more than it brings."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Tiny:
+    """``tiny(family, dtype)``: the folder of a checkpoint, made once. 8 experts, top-2, no EOS."""
+
+    @cache
+    def make(family: str, dtype: str) -> Path:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(len(family))
+        model = AutoModelForCausalLM.from_config(_config(family)).to(getattr(torch, dtype))
+        folder = tmp_path_factory.mktemp(f"{family}-{dtype}")
+        model.save_pretrained(folder)
+        return folder
+
+    return lambda family="mixtral", dtype="float32": make(family, dtype)
+
+
+@pytest.fixture
+def tokens() -> Callable[..., Any]:
+    """``tokens(n, ...)``: a batch of seeded random prompts of these lengths, padded on the left."""
+
+    def make(*lengths: int, seed: int = 0) -> dict[str, Any]:
+        import torch
+
+        dice = torch.Generator().manual_seed(seed)
+        width = max(lengths)
+        ids = torch.randint(3, VOCABULARY, (len(lengths), width), generator=dice)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate(lengths):
+            ids[row, : width - length] = 0
+            mask[row, : width - length] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return make
