@@ -15,6 +15,7 @@ refused.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,14 @@ def _expert_params(module: Any) -> dict[str, nn.Parameter]:
 # ----------------------------------------------------------------------------------- loading
 
 
+def _initialised() -> torch.Tensor:
+    """Stands where an expert parameter was: transformers' `_init_weights` reaches for it, here or
+    from the parent, and leaves alone what carries this flag."""
+    nothing = torch.empty(0)
+    nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+    return nothing
+
+
 def _guest_class(original: type[Any]) -> type[Any]:
     """The same Experts class without its expert parameters."""
 
@@ -116,8 +125,7 @@ def _guest_class(original: type[Any]) -> type[Any]:
         original.__init__(self, *args, **kwargs)
         for name in _expert_params(self):
             del self._parameters[name]
-        # transformers would initialise the parameters that are gone. Its children keep their own flag.
-        self._is_hf_initialized = True
+            setattr(self, name, _initialised())
         self.seam = None
         self.moe_layer = -1
 
@@ -140,15 +148,44 @@ assert IMPLEMENTATION in ALL_EXPERTS_FUNCTIONS
 
 
 @contextmanager
-def _without_experts(classes: Mapping[str, type[Any]]) -> Iterator[None]:
-    """While inside, `from_pretrained` builds guests. Process-wide, hence the lock."""
+def _without_experts(bones: nn.Module) -> Iterator[None]:
+    """While inside, `from_pretrained` builds guests. Process-wide, hence the lock.
+
+    ``bones``: a skeleton with its experts, to see which classes are concerned.
+    """
+    classes = {type(m).__name__: type(m) for m in bones.modules() if _has_interface(m)}
     mapping = {f"^{name}$": _guest_class(original) for name, original in classes.items()}
+    ties = list(_ties_between_experts(bones))
     with _loading:
         register_patch_mapping(mapping)
+        for cls, _, without in ties:
+            cls._tied_weights_keys = without
         try:
             yield
         finally:
             unregister_patch_mapping(list(mapping))
+            for cls, original, _ in ties:
+                cls._tied_weights_keys = original
+
+
+def _ties_between_experts(bones: nn.Module) -> Iterator[tuple[Any, Any, dict[str, str]]]:
+    """(class, its tied weights, the same without ties between experts): an encoder may share its
+    experts with a decoder, and transformers would look for the parameters that are gone."""
+    for module in bones.modules():
+        ties = vars(type(module)).get("_tied_weights_keys")
+        if not isinstance(ties, Mapping):
+            continue
+        gone = {f"{n}.{p}" for n, m in module.named_modules() if _has_interface(m)
+                for p in _expert_params(m)}  # fmt: skip
+        dense = [n for n, _ in module.named_parameters(remove_duplicate=False) if n not in gone]
+        kept = {
+            target: source
+            for target, source in ties.items()
+            if any(re.search(f"^{target}", n) for n in dense)
+            or not any(re.search(f"^{target}", n) for n in gone)
+        }
+        if len(kept) < len(ties):
+            yield type(module), ties, kept
 
 
 @contextmanager
@@ -168,8 +205,7 @@ def quiet() -> Iterator[None]:
 
 def load_guest(path: Path, config: Any, bones: nn.Module, dtype: Any = "auto") -> Any:
     """Load the dense weights through `from_pretrained`. ``bones``: the skeleton, for classes."""
-    classes = {type(m).__name__: type(m) for m in bones.modules() if _has_interface(m)}
-    with quiet(), _without_experts(classes):
+    with quiet(), _without_experts(bones):
         model, report = architecture(config).from_pretrained(
             path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
@@ -348,10 +384,16 @@ def kv_cache_estimate(config: Any, context: int, itemsize: int) -> int:
     too much for sliding windows and linear attention."""
     c = text_config(config)
     layers = getattr(c, "num_hidden_layers", 0) or 0
-    heads = getattr(c, "num_attention_heads", 0) or 0
-    head_dim = getattr(c, "head_dim", None) or (c.hidden_size // heads if heads else 0)
-    kv_heads = getattr(c, "num_key_value_heads", None) or heads
-    return int(2 * layers * kv_heads * head_dim * itemsize * context)
+    different = list(getattr(c, "per_layer_config", None) or ())  # layers may differ from another
+    numbers = sum(map(_kv_numbers, different)) if different else layers * _kv_numbers(c)
+    return numbers * itemsize * context
+
+
+def _kv_numbers(layer: Any) -> int:
+    """Numbers that one attention layer keeps per token."""
+    heads = getattr(layer, "num_attention_heads", 0) or 0
+    head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+    return int(2 * head_dim * (getattr(layer, "num_key_value_heads", None) or heads))
 
 
 def longest_context(config: Any) -> int | None:

@@ -134,6 +134,10 @@ def build(family: str, folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         for param in model.parameters():  # no zeros or ones: a mix-up of two must show
             param.add_(torch.randn_like(param) * 0.05)
+        for router in model.modules():  # routes by token from a table that only a checkpoint fills
+            if isinstance(table := getattr(router, "tid2eid", None), torch.Tensor):
+                order = torch.rand(len(table), router.num_experts).argsort(-1)
+                table.copy_(order[:, : router.top_k])
     model.save_pretrained(folder)
     return model
 
