@@ -403,7 +403,7 @@ def _timed_reads(descriptor: int, offsets: list[int], threads: int, block_bytes:
     return time.perf_counter() - began
 
 
-def memory_bandwidth(nbytes: int = 256 * MIB, repeats: int = 3) -> float:
+def memory_bandwidth(nbytes: int = 128 * MIB, repeats: int = 3) -> float:
     """Bytes per second at which torch reads memory: the best of a few sums.
 
     The buffer is larger than caches usually are, and written first: memory that was never touched

@@ -6,6 +6,7 @@ Knows: how rows become tables. Does not know: how they are measured (`bench`, `d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,9 +61,9 @@ def comparison(outcome: Outcome) -> Table:
 
     held = 100 * outcome.expert_budget_bytes / max(1, outcome.expert_bytes)
     table = screen.grid(
-        "", "ms/token", "min-max", "first token", "read/token", "hits", "late", "missed",
-        "stall", "floor own", "belady",
-        title=f"{outcome.model}: {shown_size(outcome.expert_bytes)} of experts, {held:.0f} % held",
+        "", "ms", "min-max", "first", "read", "hits", "late", "missed", "stall", "own", "belady",
+        title=f"{outcome.model}: {shown_size(outcome.expert_bytes)} of experts, {held:.0f} % held; "
+        "ms and bytes per token; floors: own, belady",
     )  # fmt: skip
     for row in outcome.rows:
         seconds, lookups = row.seconds, max(1, row.counters.lookups)
@@ -71,10 +72,10 @@ def comparison(outcome: Outcome) -> Table:
             row.policy,
             _ms(seconds.median),
             f"{_ms(seconds.low)}-{_ms(seconds.high)}",
-            f"{_ms(outcome.ttft[row.policy])} ms",
+            _ms(outcome.ttft[row.policy]),
             shown_size(row.bytes),
             *(f"{100 * share / lookups:.0f} %" for share in shares),
-            *(f"{_ms(x)} ms" for x in (row.stall, row.floor_own, row.floor_belady)),
+            *(_ms(x) for x in (row.stall, row.floor_own, row.floor_belady)),
         )
     return table
 
@@ -89,7 +90,7 @@ def verdict(outcome: Outcome) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
+    return f"{1000 * seconds:.1f}" if seconds < 0.1 else f"{1000 * seconds:.0f}"
 
 
 def _speeds(rates: Rates) -> str:
@@ -139,23 +140,18 @@ def bench(
         policies = [Policy(own, options.evictor, options.predictor)]
     else:
         policies = [Policy.parse(name) for name in dict.fromkeys(policy.split(","))]
-    settings = options.as_arguments()
-    with screen.waiting(f"loading {model}"):
-        session.quiet_guests()
-        opening = open_all(model, policies, **settings)
-        engines = opening.__enter__()
-    try:
+    with ExitStack() as stack:
+        with screen.waiting(f"loading {model}"):
+            session.quiet_guests()
+            engines = stack.enter_context(open_all(model, policies, **options.as_arguments()))
         for engine in engines.values():
             screen.say(engine.plan.line())
         length = prompt or prompt_that_fits(next(iter(engines.values())).plan.context, generate)
-        with screen.progress() as bar:
-            label = f"{repeats} rounds of {', '.join(engines)}, and one to warm up"
-            rows, rates = measure(
-                engines, length, generate, repeats, bar(label), options.io_threads
-            )
-    finally:
-        opening.__exit__(None, None, None)
-    screen.show(rates_table(model, rows, rates), json_too=json)
+        bar = stack.enter_context(screen.progress())
+        label = f"{repeats} rounds of {', '.join(engines)}, and one to warm up"
+        rows, rates = measure(engines, length, generate, repeats, bar(label), options.io_threads)
+    screen.show(rates_table(model, rows), json_too=json)
+    screen.say(_speeds(rates))
     if json:
         screen.write_json({"model": model, "rows": [bench_row(row) for row in rows]})
 
@@ -171,12 +167,12 @@ def prompt_that_fits(context: int, generated: int) -> int:
     return min(512, room)
 
 
-def rates_table(model: str, rows: Sequence[Row], rates: Rates) -> Table:
+def rates_table(model: str, rows: Sequence[Row]) -> Table:
     from understudy.plan import shown_size
 
     table = screen.grid(
-        "", "policy", "tokens/s", "min-max", "floor own", "belady", "read/token", "hits", "stall",
-        title=f"{model} ({_speeds(rates)})",
+        "", "policy", "tokens/s", "min-max", "own", "belady", "read", "hits", "stall",
+        title=f"{Path(model).name}: tokens/s and what its floors allow; bytes and stall per token",
     )  # fmt: skip
     for row in rows:
         rate = row.rate

@@ -77,8 +77,16 @@ def leave_at_once(code: int) -> NoReturn:
 
 
 def show(table: Table, json_too: bool = False) -> None:
-    """A table on stdout, or on stderr where stdout is for JSON."""
-    console(stderr=json_too).print(table)
+    """A table on stdout, or on stderr where stdout is for JSON.
+
+    It keeps its natural width: a narrow terminal wraps its lines, which is better than numbers cut
+    in half.
+    """
+    screen = console(stderr=json_too)
+    natural = screen.measure(table, options=screen.options.update(width=PIPE_WIDTH)).maximum
+    if natural > screen.width and not any(column.overflow == "fold" for column in table.columns):
+        screen.width = natural
+    screen.print(table)
 
 
 def grid(*columns: str, title: str | None = None) -> Table:

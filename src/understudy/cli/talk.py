@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,7 +161,8 @@ def lines_typed() -> Iterator[str]:
     """What the user says, until Ctrl-D or /exit; empty lines are not said."""
     asking = sys.stdin.isatty()
     if asking:
-        import readline  # noqa: F401  (arrow keys and history in `input`)
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` arrow keys and a history)
     while True:
         try:
             line = input("> ") if asking else next(sys.stdin).rstrip("\n")
