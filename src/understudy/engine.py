@@ -444,7 +444,7 @@ class Engine:
         self._check_length(len(ids), max_new_tokens)
         settings = self._settings(temperature, top_p, stop, ignore_eos, keep_logits)
         settings["max_new_tokens"] = max_new_tokens
-        listener = _Listener(self.tokenizer, on_text, self.model.understudy)
+        listener = _Listener(self.tokenizer, on_text, stop, self.model.understudy)
         before = self.model.understudy.counters
         with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode(), guest.quiet():
             if seed is not None:
@@ -519,13 +519,30 @@ def _cut(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """Without an ending that may still change: half a character, or half a stop string."""
+    if text.endswith("\ufffd"):
+        return ""
+    for length in range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return text[:-length]
+    return text
+
+
 class _Listener:
     """What `generate` calls with the prompt, then with every token: clock, counters, text."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None, handle: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        on_text: Callable[[str], None] | None,
+        stop: Sequence[str],
+        handle: Handle,
+    ) -> None:
         self.times: list[float] = []
         self.after_first: Counters | None = None
         self._tokenizer, self._on_text, self._handle = tokenizer, on_text, handle
+        self._stop = stop
         self._tokens: list[int] = []
         self._shown = 0
         self._started = time.perf_counter()
@@ -538,18 +555,18 @@ class _Listener:
         self.times.append(time.perf_counter() - self._started)
         if self.after_first is None:
             self.after_first = self._handle.counters
-        if self._on_text is not None:
-            self._tokens += value.reshape(-1).tolist()
-            self._show()
+        self._tokens += value.reshape(-1).tolist()
+        self._show()
 
     def end(self) -> None:
-        if self._on_text is not None:
-            self._show(last=True)
+        self._show(last=True)
 
     def _show(self, last: bool = False) -> None:
-        """Text that cannot change any more: a character may span several tokens."""
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if (last or not text.endswith("\ufffd")) and len(text) > self._shown:
-            assert self._on_text is not None
+        if self._on_text is None:
+            return
+        text = _cut(self._tokenizer.decode(self._tokens, skip_special_tokens=True), self._stop)
+        if not last:
+            text = _settled(text, self._stop)
+        if len(text) > self._shown:
             self._on_text(text[self._shown :])
             self._shown = len(text)

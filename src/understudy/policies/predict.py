@@ -7,7 +7,6 @@ load costs, how to start one.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
@@ -117,35 +116,46 @@ class NextGate(_Calibrated):
 class SelfSwitch:
     """Speculation switches itself off while it loses.
 
-    Losing, defined: in alternating blocks of `BLOCK` decode steps with and without speculation, the
-    median step was not faster with it. The trial is repeated after `REST` steps, since texts and
-    machines change. It is given measured seconds; it reads no clock.
+    Losing, defined: after `WARM_UP` decode steps, in alternating blocks of `BLOCK` steps with and
+    without speculation, the median step was not faster with it. The trial is repeated after `REST`
+    steps, since texts and machines change. It is given measured seconds; it reads no clock.
     """
 
+    WARM_UP = 16  # a cold cache would be blamed on whoever comes first
     BLOCK = 16
-    BLOCKS = 4  # on, off, on, off
+    BLOCKS = 6  # off, on, off, on, off, on
+    SETTLE = 2  # the first steps of a block still live off (or suffer from) the block before
     REST = 512
 
     def __init__(self, *, enabled: bool = True, adaptive: bool = True) -> None:
         """``enabled``: whether it is ever on; ``adaptive``: whether it may switch."""
         self.adaptive = enabled and adaptive
         self.on = enabled
+        self._begin()
+
+    def _begin(self) -> None:
         self._step = 0
-        self._seconds: dict[bool, deque[float]] = {True: deque(), False: deque()}
+        self._with: list[float] = []
+        self._without: list[float] = []
 
     def record(self, seconds: float) -> None:
-        """One decode step took ``seconds`` from its first to its last MoE layer."""
+        """One decode step took ``seconds``."""
         if not self.adaptive:
             return
-        trial = self._step < self.BLOCK * self.BLOCKS
-        # The first steps of a block still live off (or suffer from) the block before.
-        if trial and self._step % self.BLOCK >= 2:
-            self._seconds[self.on].append(seconds)
+        place = self._step - self.WARM_UP
+        trial = 0 <= place < self.BLOCK * self.BLOCKS
+        if trial and place % self.BLOCK >= self.SETTLE:
+            (self._with if self.on else self._without).append(seconds)
         self._step += 1
-        if self._step < self.BLOCK * self.BLOCKS:
-            self.on = (self._step // self.BLOCK) % 2 == 0
-        elif self._step == self.BLOCK * self.BLOCKS:
-            self.on = median(self._seconds[True]) < median(self._seconds[False])
-        elif self._step >= self.BLOCK * self.BLOCKS + self.REST:
-            self._step, self.on = 0, True
-            self._seconds = {True: deque(), False: deque()}
+        self._decide(place + 1)
+
+    def _decide(self, place: int) -> None:
+        """Whether the step at ``place`` (counted from the start of the trial) speculates."""
+        end = self.BLOCK * self.BLOCKS
+        if 0 <= place < end:
+            self.on = (place // self.BLOCK) % 2 == 1
+        elif place == end:
+            self.on = median(self._with) < median(self._without)
+        elif place >= end + self.REST:
+            self._begin()
+            self.on = True

@@ -152,7 +152,8 @@ def test_an_event_without_an_open_guess_teaches_nothing() -> None:
 
 # ----------------------------------------------------------------------------------- the switch
 
-TRIAL = SelfSwitch.BLOCK * SelfSwitch.BLOCKS
+WARM_UP = SelfSwitch.WARM_UP
+TRIAL = WARM_UP + SelfSwitch.BLOCK * SelfSwitch.BLOCKS
 
 
 def drive(switch: SelfSwitch, steps: int, on: float, off: float) -> list[bool]:
@@ -167,7 +168,15 @@ def drive(switch: SelfSwitch, steps: int, on: float, off: float) -> list[bool]:
 def test_a_trial_alternates_whole_blocks() -> None:
     b = SelfSwitch.BLOCK
     history = drive(SelfSwitch(), TRIAL, on=1.0, off=1.0)
-    assert history == ([True] * b + [False] * b) * (SelfSwitch.BLOCKS // 2)
+    blocks = ([False] * b + [True] * b) * (SelfSwitch.BLOCKS // 2)
+    assert history == [True] * WARM_UP + blocks
+
+
+def test_a_cold_cache_is_blamed_on_nobody() -> None:
+    switch = SelfSwitch()
+    drive(switch, WARM_UP, on=100.0, off=100.0)
+    drive(switch, TRIAL - WARM_UP, on=1.0, off=1.1)
+    assert switch.on
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,8 @@ def test_it_stays_on_only_if_that_is_faster_and_tries_again_later(
     drive(switch, TRIAL, on, off)
     assert set(drive(switch, SelfSwitch.REST, on, off)) == {stays}
     b = SelfSwitch.BLOCK
-    assert drive(switch, 2 * b, on, off) == [True] * b + [False] * b  # the next trial
+    next_trial = [True] * WARM_UP + [False] * b + [True] * b
+    assert drive(switch, WARM_UP + 2 * b, on, off) == next_trial
 
 
 def test_a_later_trial_judges_by_itself() -> None:
@@ -193,7 +203,7 @@ def test_a_later_trial_judges_by_itself() -> None:
 def test_one_slow_step_decides_nothing() -> None:
     switch = SelfSwitch()
     for step in range(TRIAL):
-        hiccup = switch.on and step % SelfSwitch.BLOCK == 5
+        hiccup = switch.on and (step - WARM_UP) % SelfSwitch.BLOCK == 5
         switch.record(100.0 if hiccup else 1.0 if switch.on else 2.0)
     assert switch.on
 
@@ -203,7 +213,8 @@ def test_the_first_steps_of_a_block_belong_to_the_block_before() -> None:
     for step in range(TRIAL):
         echo = 9.0 if switch.on else 0.0  # counted, these few would tip the medians
         honest = (1.0 if switch.on else 1.2) + 0.5 * (step % 2)
-        switch.record(echo if step % SelfSwitch.BLOCK < 2 else honest)
+        settling = (step - WARM_UP) % SelfSwitch.BLOCK < SelfSwitch.SETTLE
+        switch.record(echo if settling else honest)
     assert switch.on
 
 
