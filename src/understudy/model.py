@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -230,6 +230,15 @@ class Lodger:
     """
 
     understudy: Any
+    _announce: Callable[[Any, Any], AbstractContextManager[None]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass. Not by hooks: torch leaves them out after a KeyboardInterrupt or the end
+        of a fiber, and the next forward would believe to be inside this one."""
+        if self._announce is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with self._announce(args, kwargs):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __enter__(self) -> Any:
         return self
@@ -311,7 +320,7 @@ def attach(model: Any, seam: Seam, experts: Sequence[ExpertsModule]) -> None:
     for layer, router in enumerate(routers(model, experts)):
         if router is not None:
             router.register_forward_pre_hook(_capture(layer), with_kwargs=True)
-    _announce(model, seam)
+    model._announce = _announcer(seam)
 
 
 def _capture(layer: int) -> Callable[..., None]:
@@ -326,23 +335,23 @@ def _capture(layer: int) -> Callable[..., None]:
     return hook
 
 
-def _announce(model: Any, seam: Seam) -> None:
+def _announcer(seam: Seam) -> Callable[[Any, Any], AbstractContextManager[None]]:
+    """Around every forward: `current_forward` is set, and the seam told of its begin and end."""
     steps = iter(range(1 << 62))
 
-    def before(module: Any, args: Any, kwargs: Any) -> None:
+    @contextmanager
+    def announce(args: Any, kwargs: Any) -> Iterator[None]:
         forward = _describe(next(steps), args, kwargs)
         forward.outer = current_forward.get()
         current_forward.set(forward)
         seam.begin(forward)
-
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        forward = current_forward.get()
-        if forward is not None:
+        try:
+            yield
+        finally:
             current_forward.set(forward.outer)
             seam.end(forward)
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after, with_kwargs=True, always_call=True)
+    return announce
 
 
 def _describe(step: int, args: Any, kwargs: Mapping[str, Any]) -> Forward:
