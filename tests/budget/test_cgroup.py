@@ -22,12 +22,12 @@ RUN = """
 import sys
 import torch, understudy
 torch.set_num_threads(2)
-with understudy.load(sys.argv[1], memory=int(sys.argv[2]), max_context=2100) as model:
-    ids = torch.ones(1, 32, dtype=torch.long)
+with understudy.load(sys.argv[1], memory=int(sys.argv[2]), max_context=2600) as model:
+    ids = torch.randint(512, (1, 600))  # enough to ask for every expert
     out = model.generate(ids, max_new_tokens=2000, min_new_tokens=2000, do_sample=False,
                          pad_token_id=0)
     plan = model.understudy.plan
-    print(out.shape[1] - 32, "tokens,", model.understudy.counters.evictions, "evictions")
+    print(out.shape[1] - 600, "tokens,", model.understudy.counters.evictions, "evictions")
 """
 
 
