@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,16 @@ class Options:
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4
-    prefill_chunk_size: int = 512
+    prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
     slots: int | None = None  # instead of as many as fit; benchmarks compare equal caches
     self_switch: bool = True  # speculation switches itself off while it loses
 
     def __post_init__(self) -> None:
         for name in ("depth", "io_threads", "prefill_chunk_size"):
-            if getattr(self, name) < 1:
-                raise UnderstudyError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UnderstudyError(f"{name} must be at least 1, not {value}")
 
 
 # ----------------------------------------------------------------------------- what a model is
@@ -191,7 +192,7 @@ def _activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype)
     k = max(1, guest.experts_per_token(a.checkpoint.config))
     width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
     per_token = (12 + 2 * k) * hidden + 3 * width
-    tokens = min(options.prefill_chunk_size, context)
+    tokens = min(options.prefill_chunk_size or context, context)
     return tokens * per_token * max(4, dtype.itemsize)
 
 
@@ -214,7 +215,8 @@ class Handle:
 
     @property
     def policies(self) -> dict[str, Any]:
-        """Names of the policies, whether speculation is on now, and what look-ahead cannot see."""
+        """Names of the policies, whether speculation is on now, what look-ahead cannot see, and
+        what was given up on this model or disk (chunked prefill, direct I/O)."""
         o = self.options
         return {
             "evictor": o.evictor,
@@ -223,6 +225,7 @@ class Handle:
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
             "direct_io": self.runtime.store.disk.direct,
+            "prefill_chunk_size": o.prefill_chunk_size,
         }
 
     @property
@@ -267,6 +270,8 @@ def load(
         anatomy.checkpoint.path, anatomy.checkpoint.config, anatomy.bones, dtype
     )
     kv = guest.kv_cache_bytes(model, context)
+    if not guest.chunks_prefill(model):
+        chosen = replace(chosen, prefill_chunk_size=None)
     plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
