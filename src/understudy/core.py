@@ -287,5 +287,3 @@ class Counters:
 
     def as_dict(self) -> dict[str, int | float]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
-
-

@@ -50,9 +50,7 @@ class ExpertMlp:
         return out if self.norm is None else self.norm(out)
 
     def _linear(self, x: torch.Tensor, weights: Mapping[str, Pieces], name: str) -> torch.Tensor:
-        parts = [
-            F.linear(x, self._matrix(piece, x.dtype)) for piece in weights[name]
-        ]
+        parts = [F.linear(x, self._matrix(piece, x.dtype)) for piece in weights[name]]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         bias = weights.get(f"{name}_bias")
         if bias is None:

@@ -43,9 +43,7 @@ class Lookahead:
                     answers[later] = answer
         return answers
 
-    def _call(
-        self, later: int, args: Any, kwargs: Any, rows: torch.Tensor | None
-    ) -> Scored | None:
+    def _call(self, later: int, args: Any, kwargs: Any, rows: torch.Tensor | None) -> Scored | None:
         router = self.routers[later]
         assert router is not None
         try:

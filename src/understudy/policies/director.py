@@ -186,9 +186,7 @@ class Director:
         guesses = self.predictor.predict(event) if self.switch.on else []
         self._wanted = {g.expert: g.layers_until for g in guesses}
         useful = [
-            g
-            for g in guesses
-            if g.expert not in self.book and self.resolver.would_fetch(g.expert)
+            g for g in guesses if g.expert not in self.book and self.resolver.would_fetch(g.expert)
         ]
         useful.sort(key=lambda g: (g.layers_until, -g.probability))
         return tuple(useful)
