@@ -217,7 +217,20 @@ def load_guest(path: Path, config: Any, bones: nn.Module, dtype: Any = "auto") -
         )
     for module in guests(model):  # have transformers dispatch their forward to us
         module.config._experts_implementation_internal = IMPLEMENTATION
+    _take_home(model)
     return _make_lodger(model.eval().requires_grad_(False))
+
+
+def _take_home(model: nn.Module) -> None:
+    """Copy the dense weights out of the files that `from_pretrained` maps them from: a mapped file
+    that is cut ends the process (SIGBUS), one that is overwritten changes the weights unnoticed,
+    and the kernel may drop mapped pages although the budget has paid for them."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        key = tensor.data_ptr(), tensor.shape  # tied ones stay one
+        if key not in copies:
+            copies[key] = tensor.detach().clone()
+        tensor.data = copies[key]
 
 
 # ------------------------------------------------------------------------- the model as a guest
