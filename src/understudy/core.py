@@ -225,18 +225,20 @@ class LayerPlan:
     """What the runtime does for one event. Everything about *which* and *in what order*, nothing
     about how.
 
+    ``event``: the event as it is carried out (a route transform may have changed who runs).
     ``hits`` are READY now; ``late`` are on their way because somebody speculated; ``loads`` are
     issued in this order, before any speculation; ``order`` is the order in which experts *may* be
-    computed first (the runtime takes whatever is READY, earliest in this order first); ``prefetch``
-    replaces all queued speculation.
+    computed first (the runtime takes whatever is READY, earliest in this order first);
+    ``prefetch`` replaces all queued speculation; ``skipped`` are left out by the resolver (lossy).
     """
 
-    layer: int
+    event: LayerEvent
     hits: tuple[ExpertId, ...]
     late: tuple[ExpertId, ...]
     loads: tuple[Load, ...]
     order: tuple[ExpertId, ...]
     prefetch: tuple[Guess, ...] = ()
+    skipped: tuple[ExpertId, ...] = ()
 
 
 # ------------------------------------------------------------------------------------- counters
@@ -244,8 +246,10 @@ class LayerPlan:
 
 @dataclass(slots=True)
 class Counters:
-    """What happened, counted by the hands (never by a policy). Monotonic; subtract two snapshots.
+    """What happened, counted by the director and the runtime, never by a policy. Monotonic;
+    subtract two snapshots.
 
+    substituted, skipped: (token, rank) pairs that ran as another expert, or not at all.
     hit: resident at lookup. late: in flight at lookup. miss: neither. One lookup per (event,
     expert).
     Stall: seconds the compute thread waited for an expert.

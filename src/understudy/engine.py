@@ -33,10 +33,11 @@ from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import Store, slot_bytes
 from understudy.experts.transfer import StoreSource, TransferQueue
+from understudy.policies import Predictor
 from understudy.policies.director import Director
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency
-from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES
+from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
 
 DEFAULT_CONTEXT = 4096
 PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
@@ -259,7 +260,7 @@ def load(
     """
     chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
-    evictor, predictor = EVICTORS.get(chosen.evictor), PREDICTORS.get(chosen.predictor)
+    require(chosen.evictor, chosen.predictor)
     anatomy = Anatomy.of(source)
     dtype = anatomy.dtype(chosen.dtype)
     total = planning.parse_memory(chosen.memory, anatomy.checkpoint.nbytes)
@@ -275,7 +276,7 @@ def load(
     plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
-    runtime = _assemble(anatomy, chosen, plan, model, evictor, predictor)
+    runtime = _assemble(anatomy, chosen, plan, model)
     guest.attach(model, runtime, anatomy.modules)
     model.understudy = Handle(runtime, plan, chosen, anatomy)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
@@ -301,6 +302,7 @@ def _fit(
         experts=len(a.layouts),
         context=context,
         expert_bytes=a.expert_bytes,
+        predictors=_predictor(a, o).nbytes,
         slots=o.slots,
         name=a.name,
     )
@@ -320,19 +322,24 @@ def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
     )
 
 
-def _assemble(
-    a: Anatomy, o: Options, plan: planning.Plan, model: Any, evictor: Any, predictor: Any
-) -> Runtime:
+def _predictor(a: Anatomy, o: Options) -> Predictor:
+    experts = [m.num_experts for m in a.modules]
+    found: Predictor = PREDICTORS.get(o.predictor)(
+        layers=len(experts), experts=experts, depth=o.depth
+    )
+    return found
+
+
+def _assemble(a: Anatomy, o: Options, plan: planning.Plan, model: Any) -> Runtime:
     """Wire minds and hands: the one place that knows them all."""
-    layers, experts = len(a.modules), [m.num_experts for m in a.modules]
     lock = threading.Condition()
     book = Residency(plan.slots)
     store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
     speculate = o.predictor != "none" and plan.slots < plan.experts
     director = Director(
         book,
-        evictor=evictor(slots=plan.slots, layers=layers),
-        predictor=predictor(layers=layers, experts=experts, depth=o.depth),
+        evictor=EVICTORS.get(o.evictor)(slots=plan.slots, layers=len(a.modules)),
+        predictor=_predictor(a, o),
         resolver=RESOLVERS.get("fetch")(),
         route=ROUTES.get("as-routed")(),
         switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),

@@ -94,6 +94,12 @@ class Batch:
         torch.index_select(self.x, 0, places // self.k, out=rows[:n])
         self.out[places] = mlp(rows, weights)[:n]
 
+    def skip(self, expert: int) -> int:
+        """Leave ``expert`` out: it contributes nothing. Returns to how many (token, rank) pairs."""
+        places = self._single[expert] if self.tokens == 1 else self._places[expert]
+        self.out[places] = 0
+        return 1 if isinstance(places, int) else len(places)
+
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""
         out = self.out.view(self.tokens, self.k, -1) * self.weights.unsqueeze(-1)

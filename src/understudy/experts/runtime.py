@@ -35,6 +35,9 @@ from understudy.experts.store import Store
 from understudy.experts.transfer import TransferQueue
 from understudy.policies.director import Director
 
+# Counters that the runtime fills; the rest is filled where plans are made.
+_OF_THE_HANDS = ("substituted", "skipped", "stall_seconds", "expert_seconds", "steps", "tokens")
+
 
 class Runtime:
     """Answers every experts call of one model. Re-entrant between events, locked within one."""
@@ -62,7 +65,7 @@ class Runtime:
         with self._lock:
             total = self.director.counters.copy()
             total.prefetch_cancelled = self.transfer.cancelled
-        for name in ("stall_seconds", "expert_seconds", "steps", "tokens"):
+        for name in _OF_THE_HANDS:
             setattr(total, name, getattr(self._clock, name))
         return total
 
@@ -111,13 +114,12 @@ class Runtime:
             return torch.zeros_like(x)
         started, stalled = time.perf_counter(), self._clock.stall_seconds
         event = self._describe(forward, layer, ids, weights, rows)
-        batch = Batch(x, ids, weights)
-        self._carry_out(event, batch)
+        out = self._carry_out(event, x, ids, weights)
         stall = self._clock.stall_seconds - stalled
         self._clock.expert_seconds += time.perf_counter() - started - stall
         if layer == 0:
             self._clock.tokens += len(x)
-        return batch.sum()
+        return out
 
     def _describe(
         self,
@@ -144,22 +146,46 @@ class Runtime:
             self.recording.append(event)
         return event
 
-    def _carry_out(self, event: LayerEvent, batch: Batch) -> None:
+    def _carry_out(
+        self, event: LayerEvent, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         mlp = self.mlps[event.layer]
         with self._lock:
             self.transfer.speculate(())  # what was queued was a guess about now
-            errand = _Errand(self.director, self.transfer, self.director.decide(event))
+            plan = self.director.decide(event)
+            errand = _Errand(self.director, self.transfer, plan)
         try:
+            batch = self._batch(event, plan, x, ids, weights)
             while errand.todo:
                 with self._lock:
                     expert, slot = errand.next_ready()
                 batch.compute(expert.expert, mlp, self.store.weights(expert, slot))
                 with self._lock:
                     errand.computed(expert)
+            return batch.sum()
         finally:
             with self._lock:
                 errand.release()
             self._clock.stall_seconds += errand.stall_seconds
+
+    def _batch(
+        self,
+        event: LayerEvent,
+        plan: LayerPlan,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> Batch:
+        """The tokens by expert; what a policy changed about them is counted here."""
+        if plan.event is not event:
+            ids = torch.tensor(plan.event.ids, dtype=ids.dtype)
+            weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
+            for asked, runs in zip(event.ids, plan.event.ids, strict=True):
+                self._clock.substituted += sum(a != b for a, b in zip(asked, runs, strict=True))
+        batch = Batch(x, ids, weights)
+        for expert in plan.skipped:
+            self._clock.skipped += batch.skip(expert.expert)
+        return batch
 
     # ------------------------------------------------------------------------------------ the end
 

@@ -56,6 +56,7 @@ class _Job:
     expert: ExpertId
     chunks: deque[Chunk]
     speculative: bool
+    launched: bool = False
     outstanding: int = 0  # chunks under way
     error: BaseException | None = None
 
@@ -190,7 +191,6 @@ class TransferQueue:
     def _start(self, expert: ExpertId, slot: Slot, block: int, *, speculative: bool) -> _Job:
         job = _Job(expert, deque(self.source.chunks(expert, slot.index, block)), speculative)
         self._jobs[expert] = job
-        self.book.launch(expert)
         return job
 
     def _work(self) -> None:
@@ -208,6 +208,9 @@ class TransferQueue:
             job = self._first(self._speculation) or self._issue()
         if job is None:
             return None
+        if not job.launched:
+            job.launched = True
+            self.book.launch(job.expert)
         job.outstanding += 1
         return job, job.chunks.popleft()
 

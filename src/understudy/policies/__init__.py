@@ -42,7 +42,8 @@ class Evictor:
         """One event was looked up. ``needed``: its experts, in order of last use."""
 
     def admit(self, expert: ExpertId, *, speculative: bool) -> None:
-        """``expert`` now holds a slot (its bytes may still be on their way)."""
+        """``expert`` now holds a slot (its bytes may still be on their way). Comes a second time,
+        with ``speculative=False``, when a speculated expert is used for the first time."""
         raise NotImplementedError
 
     def remove(self, expert: ExpertId) -> None:

@@ -49,18 +49,21 @@ class Director:
         hits, late, missing = self._look_up(needed)
         self._count(event, hits, late, missing)
         self.evictor.touch(event, needed)
-        wanted_now = list(self.resolver.fetch(event, missing))
+        # The truth about this layer is here; guesses about it protect nobody any more.
+        self._wanted = {e: n for e, n in self._wanted.items() if e.layer != event.layer}
+        fetched = list(self.resolver.fetch(event, missing))
         # Hits first: they are computed while the loads fly.
-        order = hits + late + wanted_now
-        loads = self._place_loads(event, wanted_now, order, needed)
+        order = hits + late + fetched
+        loads = self._place_loads(event, fetched, order, needed)
         self.predictor.observe(event)
         return LayerPlan(
-            layer=event.layer,
+            event=event,
             hits=tuple(hits),
             late=tuple(late),
             loads=tuple(loads),
             order=tuple(order),
             prefetch=self._speculate(event),
+            skipped=tuple(e for e in missing if e not in fetched),
         )
 
     def _look_up(

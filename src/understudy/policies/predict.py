@@ -72,6 +72,10 @@ class Popularity(_Calibrated):
         super().__init__(layers=layers, experts=experts, depth=depth)
         self._uses = [[0] * n for n in experts]
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return 8 * sum(self.experts)  # one count per expert
+
     def observe(self, event: LayerEvent) -> None:
         super().observe(event)
         for row in event.ids:
