@@ -110,9 +110,15 @@ class Anatomy:
         return found if isinstance(found, torch.dtype) else torch.float32
 
     def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of everything that stays resident, in ``dtype``."""
+        """Bytes of everything that stays resident, in ``dtype``: stored tensors, and buffers that
+        the model computes for itself (rotary)."""
         stored = self.checkpoint.dense_bytes(self.bones, self.modules)
-        return sum(n // _ITEMSIZE.get(kind, 2) * dtype.itemsize for kind, n in stored.items())
+        floats = sum(n // _FLOATS[kind] * dtype.itemsize for kind, n in stored.items()
+                     if kind in _FLOATS)  # fmt: skip
+        others = sum(n for kind, n in stored.items() if kind not in _FLOATS)
+        known = self.bones.state_dict()
+        made: int = sum(b.nbytes for name, b in self.bones.named_buffers() if name not in known)
+        return floats + others + made
 
     def context(self, asked: int | None) -> int:
         """Tokens to plan for: what was asked, else the smaller of the model's and 4096."""
@@ -128,7 +134,7 @@ class Anatomy:
 
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32"}
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+_FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # what is cast, and its bytes as stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from understudy.checkpoint import ExpertsModule
 from understudy.core import (
     CheckpointError,
+    ContextTooLong,
     Forward,
     NotInThisModel,
     Phase,
@@ -250,8 +251,22 @@ class Lodger:
         of a fiber, and the next forward would believe to be inside this one."""
         if self._announce is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        self._check_context(kwargs)
         with self._announce(args, kwargs):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_context(self, kwargs: Mapping[str, Any]) -> None:
+        """The KV cache is part of the budget: it may not outgrow what was planned for."""
+        cache: Any = kwargs.get("past_key_values")
+        tokens = kwargs.get("input_ids")
+        if tokens is None or not hasattr(cache, "get_seq_length"):
+            return
+        asked, planned = cache.get_seq_length() + tokens.shape[-1], self.understudy.plan.context
+        if asked > planned:
+            raise ContextTooLong(
+                f"{asked} tokens exceed the context of {planned} that memory was planned for; "
+                "load the model with a larger max_context"
+            )
 
     def __enter__(self) -> Any:
         return self

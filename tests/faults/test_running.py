@@ -336,7 +336,6 @@ def test_the_size_in_a_too_small_budget_works_when_typed_back(
         assert torch.equal(generate(model, prompt), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the estimate forgets buffers that are not stored (rotary)")
 def test_the_smallest_budget_is_two_experts_and_not_a_byte_less(
     folder: Path, prompt: dict[str, torch.Tensor], expected: torch.Tensor
 ) -> None:
@@ -403,3 +402,10 @@ def test_closed_by_another_thread_while_it_waits(
     closer.join(10)
     assert not closer.is_alive()
     assert "closed" in str(told[0])
+
+
+def test_generation_past_the_planned_context(folder: Path, prompt: dict[str, torch.Tensor]) -> None:
+    with load(folder, "1GiB", max_context=12) as model:
+        with pytest.raises(ContextTooLong, match="12"):
+            model.generate(**prompt, max_new_tokens=40, do_sample=False)
+        model.understudy.runtime.director.book.check_integrity(idle=True)

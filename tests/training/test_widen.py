@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from understudy import widen as module
-from understudy.widen import twin_bytes, widen
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -15,6 +13,9 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from understudy import widen as module
+from understudy.widen import twin_bytes, widen
 
 COMMON = {
     "vocab_size": 101,

@@ -30,10 +30,13 @@ from understudy.core import (
     current_forward,
 )
 from understudy.experts.compute import Batch, ExpertMlp
+from understudy.experts.interrupts import Deferred
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.store import Store
 from understudy.experts.transfer import TransferQueue
 from understudy.policies.director import Director
+
+PATIENCE = 0.2  # seconds between looks at Ctrl-C while a read is slow
 
 # Counters that the runtime fills; the rest is filled where plans are made.
 _OF_THE_HANDS = ("substituted", "skipped", "stall_seconds", "expert_seconds", "steps", "tokens")
@@ -89,16 +92,17 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]. ``layer`` counts MoE layers."""
-        with torch.no_grad(), self._section:
+        with torch.no_grad(), Deferred() as interrupts, self._section:
             self.transfer.require_open()
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
             if rows is None:
-                return self._event(forward, layer, hidden, ids, weights, None)
+                return self._event(forward, layer, hidden, ids, weights, None, interrupts)
             out = torch.zeros_like(hidden)
             if rows.any():
-                part = self._event(forward, layer, hidden[rows], ids[rows], weights[rows], rows)
-                out[rows] = part
+                out[rows] = self._event(
+                    forward, layer, hidden[rows], ids[rows], weights[rows], rows, interrupts
+                )
             return out
 
     def _event(
@@ -109,12 +113,13 @@ class Runtime:
         ids: torch.Tensor,
         weights: torch.Tensor,
         rows: torch.Tensor | None,
+        interrupts: Deferred,
     ) -> torch.Tensor:
         if len(x) == 0:
             return torch.zeros_like(x)
         started, stalled = time.perf_counter(), self._clock.stall_seconds
         event = self._describe(forward, layer, ids, weights, rows)
-        out = self._carry_out(event, x, ids, weights)
+        out = self._carry_out(event, x, ids, weights, interrupts)
         stall = self._clock.stall_seconds - stalled
         self._clock.expert_seconds += time.perf_counter() - started - stall
         if layer == 0:
@@ -147,7 +152,12 @@ class Runtime:
         return event
 
     def _carry_out(
-        self, event: LayerEvent, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self,
+        event: LayerEvent,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        interrupts: Deferred,
     ) -> torch.Tensor:
         mlp = self.mlps[event.layer]
         with self._lock:
@@ -158,7 +168,7 @@ class Runtime:
             batch = self._batch(event, plan, x, ids, weights)
             while errand.todo:
                 with self._lock:
-                    expert, slot = errand.next_ready()
+                    expert, slot = errand.next_ready(interrupts)
                 batch.compute(expert.expert, mlp, self.store.weights(expert, slot))
                 with self._lock:
                     errand.computed(expert)
@@ -216,9 +226,10 @@ class _Errand:
             transfer.promote(expert)
         self._start_loads()
 
-    def next_ready(self) -> tuple[ExpertId, int]:
+    def next_ready(self, interrupts: Deferred) -> tuple[ExpertId, int]:
         """The first expert of the order that is there, and its slot; sleeps until one is."""
         while True:
+            interrupts.check()
             self._start_loads()
             for i, expert in enumerate(self.todo):
                 if expert not in self.pinned:
@@ -232,7 +243,7 @@ class _Errand:
                 if error is not None:
                     raise error
             started = time.perf_counter()
-            self.transfer.wait()
+            self.transfer.wait(PATIENCE)
             self.stall_seconds += time.perf_counter() - started
 
     def computed(self, expert: ExpertId) -> None:

@@ -122,9 +122,9 @@ class Disk:
         try:
             for f in self.files:
                 self._fds.append(self._open(f))
-        except BaseException:
+        except OSError as e:
             self.close()
-            raise
+            raise ReadFailed(f"{e.filename}: cannot be opened: {e.strerror}") from e
 
     def _open(self, path: Path) -> int:
         if self.direct:

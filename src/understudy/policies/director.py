@@ -163,7 +163,6 @@ class Director:
         """The load takes its slot; its victim leaves. The expert is not pinned yet."""
         if load.victim is not None and load.victim in self.book:
             self._evict(load.victim)
-        self._wanted.pop(load.expert, None)
         slot = self.book.reserve(load.expert)
         self.counters.demand_bytes += self.nbytes(load.expert)
         self.evictor.admit(load.expert, speculative=False)

@@ -1,4 +1,4 @@
-"""A policy that changes who runs is obeyed and counted; nothing in the package does so by itself."""
+"""A policy that changes who runs is obeyed and counted; nothing here does so by itself."""
 
 from __future__ import annotations
 
