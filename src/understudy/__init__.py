@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from understudy.core import Counters, UnderstudyError
-    from understudy.engine import Engine, Generation, Inspection, Options, inspect, load
+    from understudy.engine import Engine, Generation
+    from understudy.loading import Inspection, Options, inspect, load
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "engine",
-    "inspect": "engine",
+    "load": "loading",
+    "inspect": "loading",
+    "Inspection": "loading",
+    "Options": "loading",
     "Engine": "engine",
     "Generation": "engine",
-    "Inspection": "engine",
-    "Options": "engine",
     "Counters": "core",
     "UnderstudyError": "core",
 }

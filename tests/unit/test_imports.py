@@ -20,7 +20,7 @@ FLOORS: list[list[set[str]]] = [
     [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}],
     [{"experts"}, {"model", "families"}],
     [{"simulate"}, {"plan"}],
-    [{"engine", "evaluate"}],
+    [{"engine", "loading", "evaluate"}],
     [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],
 ]
 

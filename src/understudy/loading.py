@@ -1,0 +1,369 @@
+"""Puts the parts together: a checkpoint and a budget become a model that runs.
+
+Knows: every room below, and how they are wired; nobody else does. Does not know: prompts, tokens,
+terminals, HTTP.
+
+    load(source, memory)   checkpoint -> skeleton -> layouts -> plan -> guest + runtime -> model
+    inspect(source)        the same as far as it goes without reading weights
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from understudy import model as guest
+from understudy import plan as planning
+from understudy.checkpoint import Checkpoint, ExpertsModule
+from understudy.core import (
+    ContextTooLong,
+    Counters,
+    ExpertId,
+    ExpertLayout,
+    LayerEvent,
+    UnderstudyError,
+)
+from understudy.experts.compute import ExpertMlp
+from understudy.experts.lookahead import Lookahead
+from understudy.experts.runtime import Runtime
+from understudy.experts.store import Store, slot_bytes
+from understudy.experts.transfer import StoreSource, TransferQueue
+from understudy.policies import Predictor
+from understudy.policies.director import Director
+from understudy.policies.predict import SelfSwitch
+from understudy.policies.residency import Residency
+from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
+
+DEFAULT_CONTEXT = 4096
+PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
+
+Dtype = str | torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything a user can choose about a load. The defaults are the recommendation."""
+
+    memory: str | int = "auto"
+    max_context: int | None = None
+    dtype: Dtype = "auto"
+    evictor: str = "lru"
+    predictor: str = "next-gate"
+    depth: int = 1
+    io_threads: int = 4
+    prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
+    direct_io: bool = True
+    slots: int | None = None  # instead of as many as fit; benchmarks compare equal caches
+    self_switch: bool = True  # speculation switches itself off while it loses
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "io_threads", "prefill_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UnderstudyError(f"{name} must be at least 1, not {value}")
+
+
+# ----------------------------------------------------------------------------- what a model is
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A checkpoint taken apart without reading its weights."""
+
+    checkpoint: Checkpoint
+    bones: Any
+    modules: Sequence[ExpertsModule]
+    layouts: dict[ExpertId, ExpertLayout]
+
+    @classmethod
+    def of(cls, source: str | Path) -> Anatomy:
+        checkpoint = Checkpoint.open(source)
+        bones = guest.skeleton(checkpoint.config)
+        modules = guest.find_experts(bones)
+        return cls(checkpoint, bones, modules, checkpoint.layouts(bones, modules))
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.path.name
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the largest expert."""
+        return max(layout.nbytes for layout in self.layouts.values())
+
+    def dtype(self, asked: Dtype) -> torch.dtype:
+        """The dtype of the computation; ``auto`` is the one the checkpoint names."""
+        if isinstance(asked, torch.dtype):
+            return asked
+        if asked != "auto":
+            found = getattr(torch, _DTYPES.get(asked, asked), None)
+            if not isinstance(found, torch.dtype) or not found.is_floating_point:
+                raise UnderstudyError(f"unknown dtype {asked!r}; use auto, bfloat16 or float32")
+            return found
+        config = self.checkpoint.config
+        found = getattr(config, "dtype", None) or getattr(guest.text_config(config), "dtype", None)
+        return found if isinstance(found, torch.dtype) else torch.float32
+
+    def dense_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of everything that stays resident, in ``dtype``: stored tensors, and buffers that
+        the model computes for itself (rotary)."""
+        stored = self.checkpoint.dense_bytes(self.bones, self.modules)
+        floats = sum(n // _FLOATS[kind] * dtype.itemsize for kind, n in stored.items()
+                     if kind in _FLOATS)  # fmt: skip
+        others = sum(n for kind, n in stored.items() if kind not in _FLOATS)
+        known = self.bones.state_dict()
+        made: int = sum(b.nbytes for name, b in self.bones.named_buffers() if name not in known)
+        return floats + others + made
+
+    def context(self, asked: int | None) -> int:
+        """Tokens to plan for: what was asked, else the smaller of the model's and 4096."""
+        longest = guest.longest_context(self.checkpoint.config)
+        if asked is None:
+            return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        if asked < 1 or (longest is not None and asked > longest):
+            raise ContextTooLong(
+                f"--max-context {asked} is not possible: {self.name} was made for 1 to {longest} "
+                "tokens; ask for less"
+            )
+        return asked
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32"}
+_FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # what is cast, and its bytes as stored
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `inspect` reports. Bytes are stored bytes; budgets are for the default context."""
+
+    family: str
+    architecture: str
+    layers: int
+    moe_layers: int
+    experts_per_layer: int
+    top_k: int
+    experts: int
+    expert_bytes: int
+    slot_bytes: int
+    dense_bytes: int
+    checkpoint_bytes: int
+    context: int
+    smallest_memory: int
+    recommended_memory: int
+
+
+def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection:
+    """Take a checkpoint apart and price it; reads headers only."""
+    a = Anatomy.of(source)
+    config, text = a.checkpoint.config, guest.text_config(a.checkpoint.config)
+    context = a.context(max_context)
+    dtype = a.dtype("auto")
+    slot = slot_bytes(a.layouts)
+    fixed = (
+        a.dense_bytes(dtype)
+        + guest.kv_cache_estimate(config, context, dtype.itemsize)
+        + _activations(a, Options(), context, dtype)
+    )
+    top_k = guest.experts_per_token(config)
+    per_layer = max(m.num_experts for m in a.modules)
+    return Inspection(
+        family=config.model_type,
+        architecture=type(a.bones).__name__,
+        layers=int(getattr(text, "num_hidden_layers", len(a.modules))),
+        moe_layers=len(a.modules),
+        experts_per_layer=per_layer,
+        top_k=top_k,
+        experts=len(a.layouts),
+        expert_bytes=a.expert_bytes,
+        slot_bytes=slot,
+        dense_bytes=a.dense_bytes(dtype),
+        checkpoint_bytes=a.checkpoint.nbytes,
+        context=context,
+        smallest_memory=fixed + planning.MINIMUM_SLOTS * slot,
+        recommended_memory=planning.recommended_bytes(
+            fixed, slot, len(a.layouts), len(a.modules), top_k
+        ),
+    )
+
+
+def _activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) -> int:
+    """Working memory of one prefill chunk: the residual stream and its copies, the rows gathered
+    for experts and their outputs per rank, and one expert's intermediate rows."""
+    text = guest.text_config(a.checkpoint.config)
+    hidden = int(getattr(text, "hidden_size", 0) or 0)
+    k = max(1, guest.experts_per_token(a.checkpoint.config))
+    width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
+    per_token = (12 + 2 * k) * hidden + 3 * width
+    tokens = min(options.prefill_chunk_size or context, context)
+    return tokens * per_token * max(4, dtype.itemsize)
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+class Handle:
+    """``model.understudy``: what the engine shows of itself, and `close`."""
+
+    def __init__(
+        self, runtime: Runtime, plan: planning.Plan, options: Options, anatomy: Anatomy
+    ) -> None:
+        self.runtime, self.plan, self.options, self.anatomy = runtime, plan, options, anatomy
+        self.closed = False
+
+    @property
+    def counters(self) -> Counters:
+        """Everything counted since the load; subtract two snapshots."""
+        return self.runtime.counters
+
+    @property
+    def policies(self) -> dict[str, Any]:
+        """Names of the policies, whether speculation is on now, what look-ahead cannot see, and
+        what was given up on this model or disk (chunked prefill, direct I/O)."""
+        o = self.options
+        return {
+            "evictor": o.evictor,
+            "predictor": o.predictor,
+            "depth": o.depth,
+            "speculating": self.runtime.director.switch.on,
+            "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
+            "direct_io": self.runtime.store.disk.direct,
+            "prefill_chunk_size": o.prefill_chunk_size,
+        }
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second the link has achieved while busy."""
+        return self.runtime.transfer.meter.bandwidth
+
+    def start_recording(self) -> None:
+        self.runtime.recording = []
+
+    def stop_recording(self) -> list[LayerEvent]:
+        events, self.runtime.recording = self.runtime.recording or [], None
+        return events
+
+    def close(self) -> None:
+        """Stop the workers, close the files, give the slots back. Harmless when repeated."""
+        if not self.closed:
+            self.closed = True
+            self.runtime.close()
+
+
+def load(
+    source: str | Path, memory: str | int = "auto", *, on_status: Any = None, **options: Any
+) -> Any:
+    """Load a Mixture-of-Experts checkpoint inside a memory budget.
+
+    ``source``: a local folder or a hub id. ``memory``: "8GiB", "50%" of the checkpoint, "auto", or
+    bytes; it covers dense weights, expert slots, KV cache and working memory. Further options are
+    those of `Options`. Returns a genuine `PreTrainedModel` (also a context manager) that carries
+    ``model.understudy``. Raises `UnderstudyError` and its children, one line each.
+    """
+    chosen = Options(memory=memory, **options)
+    say = on_status or (lambda line: None)
+    require(chosen.evictor, chosen.predictor)
+    anatomy = Anatomy.of(source)
+    dtype = anatomy.dtype(chosen.dtype)
+    total = planning.parse_memory(chosen.memory, anatomy.checkpoint.nbytes)
+    context = anatomy.context(chosen.max_context)
+    estimate = guest.kv_cache_estimate(anatomy.checkpoint.config, context, dtype.itemsize)
+    _fit(anatomy, chosen, total, anatomy.dense_bytes(dtype), estimate, context, dtype)
+    model = guest.load_guest(
+        anatomy.checkpoint.path, anatomy.checkpoint.config, anatomy.bones, dtype
+    )
+    kv = guest.kv_cache_bytes(model, context)
+    if not guest.chunks_prefill(model):
+        chosen = replace(chosen, prefill_chunk_size=None)
+    plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
+    plan = _expect(plan, anatomy, chosen)
+    say(plan.line())
+    runtime = _assemble(anatomy, chosen, plan, model)
+    guest.attach(model, runtime, anatomy.modules)
+    model.understudy = Handle(runtime, plan, chosen, anatomy)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
+    return model
+
+
+def _resident_bytes(model: Any) -> int:
+    """Parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _fit(
+    a: Anatomy, o: Options, total: int, dense: int, kv: int, context: int, dtype: torch.dtype
+) -> planning.Plan:
+    return planning.fit(
+        total,
+        dense=dense,
+        kv=kv,
+        activations=_activations(a, o, context, dtype),
+        slot_bytes=slot_bytes(a.layouts),
+        experts=len(a.layouts),
+        context=context,
+        expert_bytes=a.expert_bytes,
+        predictors=_predictor(a, o).nbytes,
+        slots=o.slots,
+        name=a.name,
+    )
+
+
+def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
+    """Write the expected speed on the plan, from one short read of the first file."""
+    largest = max(a.checkpoint.files, key=lambda f: f.stat().st_size)
+    bandwidth = planning.disk_bandwidth(
+        largest, o.io_threads, 2 << 20, PROBE_BYTES, direct=o.direct_io
+    )
+    top_k = guest.experts_per_token(a.checkpoint.config)
+    if not bandwidth or not top_k:
+        return plan
+    return plan.expecting(
+        planning.expected_tokens_per_second(plan, len(a.modules), top_k, bandwidth)
+    )
+
+
+def _predictor(a: Anatomy, o: Options) -> Predictor:
+    experts = [m.num_experts for m in a.modules]
+    found: Predictor = PREDICTORS.get(o.predictor)(
+        layers=len(experts), experts=experts, depth=o.depth
+    )
+    return found
+
+
+def _assemble(a: Anatomy, o: Options, plan: planning.Plan, model: Any) -> Runtime:
+    """Wire minds and hands: the one place that knows them all."""
+    lock = threading.Condition()
+    book = Residency(plan.slots)
+    store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
+    speculate = o.predictor != "none" and plan.slots < plan.experts
+    director = Director(
+        book,
+        evictor=EVICTORS.get(o.evictor)(slots=plan.slots, layers=len(a.modules)),
+        predictor=_predictor(a, o),
+        resolver=RESOLVERS.get("fetch")(),
+        route=ROUTES.get("as-routed")(),
+        switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),
+        nbytes=store.nbytes,
+    )
+    transfer = TransferQueue(
+        book,
+        StoreSource(store),
+        lock=lock,
+        place=director.place,
+        forget=director.forget,
+        threads=o.io_threads,
+    )
+    return Runtime(
+        director=director,
+        store=store,
+        transfer=transfer,
+        lock=lock,
+        mlps=[ExpertMlp(module) for module in guest.guests(model)],
+        lookahead=Lookahead(guest.routers(model, a.modules)),
+    )
