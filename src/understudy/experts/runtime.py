@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,75 +98,50 @@ class Runtime:
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
             if rows is None:
-                return self._event(forward, layer, hidden, ids, weights, None, interrupts)
+                return self._event(_Call(layer, hidden, ids, weights, forward), interrupts)
             out = torch.zeros_like(hidden)
-            if rows.any():
-                out[rows] = self._event(
-                    forward, layer, hidden[rows], ids[rows], weights[rows], rows, interrupts
-                )
+            call = _Call(layer, hidden[rows], ids[rows], weights[rows], forward, rows)
+            out[rows] = self._event(call, interrupts)
             return out
 
-    def _event(
-        self,
-        forward: Forward | None,
-        layer: int,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        rows: torch.Tensor | None,
-        interrupts: Deferred,
-    ) -> torch.Tensor:
-        if len(x) == 0:
-            return torch.zeros_like(x)
+    def _event(self, call: _Call, interrupts: Deferred) -> torch.Tensor:
+        if len(call.x) == 0:
+            return torch.zeros_like(call.x)
         started, stalled = time.perf_counter(), self._clock.stall_seconds
-        event = self._describe(forward, layer, ids, weights, rows)
-        out = self._carry_out(event, x, ids, weights, interrupts)
+        out = self._carry_out(call, self._describe(call), interrupts)
         stall = self._clock.stall_seconds - stalled
         self._clock.expert_seconds += time.perf_counter() - started - stall
-        if layer == 0:
-            self._clock.tokens += len(x)
+        if call.layer == 0:
+            self._clock.tokens += len(call.x)
         return out
 
-    def _describe(
-        self,
-        forward: Forward | None,
-        layer: int,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        rows: torch.Tensor | None,
-    ) -> LayerEvent:
-        default = Phase.PREFILL if len(ids) > 1 else Phase.DECODE
+    def _describe(self, call: _Call) -> LayerEvent:
+        """The call as plain values, for the minds."""
+        forward, meter = call.forward, self.transfer.meter
+        phase = Phase.PREFILL if len(call.ids) > 1 else Phase.DECODE
         depth = self.director.predictor.lookahead if self.director.switch.on else 0
-        meter = self.transfer.meter
         event = LayerEvent(
             step=forward.step if forward else self._clock.steps,
-            layer=layer,
-            phase=forward.phase if forward else default,
-            ids=ids.tolist(),
-            weights=weights.float().tolist(),
+            layer=call.layer,
+            phase=forward.phase if forward else phase,
+            ids=call.ids.tolist(),
+            weights=call.weights.float().tolist(),
             requests=forward.requests if forward else (),
-            lookahead=self.lookahead.ask(forward, layer, depth, rows) if depth else {},
+            lookahead=self.lookahead.ask(forward, call.layer, depth, call.rows) if depth else {},
             costs=Costs(meter.bandwidth, meter.idle, self.transfer.queued),
         )
         if self.recording is not None:
             self.recording.append(event)
         return event
 
-    def _carry_out(
-        self,
-        event: LayerEvent,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        interrupts: Deferred,
-    ) -> torch.Tensor:
-        mlp = self.mlps[event.layer]
+    def _carry_out(self, call: _Call, event: LayerEvent, interrupts: Deferred) -> torch.Tensor:
+        mlp = self.mlps[call.layer]
         with self._lock:
             self.transfer.speculate(())  # what was queued was a guess about now
             plan = self.director.decide(event)
             errand = _Errand(self.director, self.transfer, plan)
         try:
-            batch = self._batch(event, plan, x, ids, weights)
+            batch = self._batch(call, event, plan)
             while errand.todo:
                 with self._lock:
                     expert, slot = errand.next_ready(interrupts)
@@ -178,21 +154,15 @@ class Runtime:
                 errand.release()
             self._clock.stall_seconds += errand.stall_seconds
 
-    def _batch(
-        self,
-        event: LayerEvent,
-        plan: LayerPlan,
-        x: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> Batch:
+    def _batch(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Batch:
         """The tokens by expert; what a policy changed about them is counted here."""
+        ids, weights = call.ids, call.weights
         if plan.event is not event:
             ids = torch.tensor(plan.event.ids, dtype=ids.dtype)
             weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
             for asked, runs in zip(event.ids, plan.event.ids, strict=True):
                 self._clock.substituted += sum(a != b for a, b in zip(asked, runs, strict=True))
-        batch = Batch(x, ids, weights)
+        batch = Batch(call.x, ids, weights)
         for expert in plan.skipped:
             self._clock.skipped += batch.skip(expert.expert)
         return batch
@@ -205,6 +175,18 @@ class Runtime:
         self.transfer.close()
         with self._section:
             self.store.close()
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of the seam, padding left out: x [T, H], ids [T, k], weights [T, k]."""
+
+    layer: int
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    forward: Forward | None
+    rows: torch.Tensor | None = None
 
 
 class _Errand:
