@@ -109,6 +109,15 @@ LEVELS: dict[str, tuple[int, ...]] = {
 }
 """Easy, middle and hard, in the task's own unit: digits, numbers, letters, pairs, brackets."""
 
+LONGER: dict[str, tuple[int, ...]] = {
+    "largest": (6, 8),
+    "reverse": (8,),
+    "sort": (8,),
+    "recall": (12, 16),
+    "close": (10, 12),
+}
+"""Levels beyond any in training, in evaluation only: the trained ones become easy."""
+
 
 def make(task: str, level: int, seed: int) -> Problem:
     """The problem of this kind, level and seed; the same one every time."""
