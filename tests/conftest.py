@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tiny models: a second thread costs more than it brings, and beside other work it costs minutes
+# (threads that wait spin). Set before torch is imported; commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOCABULARY = 96
 FAMILIES = ("mixtral", "qwen3_moe")
@@ -42,18 +47,7 @@ def _config(family: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny models: a second thread costs more than it brings."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Tiny:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """``tiny(family, dtype)``: the folder of a checkpoint, made once. 8 experts, top-2, no EOS."""
 
     @cache

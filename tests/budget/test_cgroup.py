@@ -21,7 +21,6 @@ OVERHEAD = 700 * MIB
 RUN = """
 import sys
 import torch, understudy
-torch.set_num_threads(2)
 with understudy.load(sys.argv[1], memory=int(sys.argv[2]), max_context=2600) as model:
     ids = torch.randint(512, (1, 600))  # enough to ask for every expert
     out = model.generate(ids, max_new_tokens=2000, min_new_tokens=2000, do_sample=False,

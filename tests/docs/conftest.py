@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def speaking_model(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def speaking_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mixtral of 4 x 32 experts with a tokenizer of single bytes. Half of its bytes hold the
     dense part, 512 tokens of context and a few experts."""
     import torch
