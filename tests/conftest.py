@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def _config(family: str) -> Any:
     return transformers.Qwen3MoeConfig(
         **common, num_hidden_layers=4, intermediate_size=64, moe_intermediate_size=24, num_experts=8
     )
+
+
+@pytest.fixture(autouse=True)
+def _python_handles_sigint() -> Iterator[None]:
+    """A shell's background job starts with SIGINT ignored; the tests of Ctrl-C need it heard."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
