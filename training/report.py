@@ -314,7 +314,8 @@ def card(name: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
         "",
         f"Trained from scratch on {facts['tokens'] / 1e6:.1f} M tokens ({facts['steps']:,} steps "
         f"of {recipe['rows']} x 256) in {facts['seconds'] / 60:.0f} minutes on "
-        f"{found['cores']} CPU cores ({_speed(found, facts)}). "
+        f"{found['cores']} CPU cores ({_speed(found, facts)}; threads at the end: "
+        f"{facts['threads']}). "
         f"AdamW, peak rate {recipe['rate']:g}, cosine over time; bf16 weights with fp32 masters; "
         f"balance loss {recipe['balance']:g} x aux/k, counted in each layer by itself. Of a "
         "generated problem only the answer counts, with weight "
@@ -334,7 +335,9 @@ def card(name: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
         "## Exact match",
         "",
         "Greedy, bf16, the bare question as prompt; no problem here was in training. Tasks with a "
-        f"level of at least 50 problems between 30 and 95 %: {', '.join(middle) or 'none'}.",
+        f"level of at least 50 problems between 30 and 95 %: {', '.join(middle) or 'none'}. The "
+        "levels longer than in training were chosen on a checkpoint of this model shortly before "
+        "its end, to have problems on which damage shows.",
         "",
         *_tasks(found),
         "",
