@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import typer
-from docs import pages
 
 import understudy
+from docs import pages
 from understudy import registry
 from understudy.cli import app
 from understudy.experts import transfer

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from bench import exactness
 
 MODELS = Path(__file__).parents[2] / "models"

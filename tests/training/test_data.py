@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from training import data, tasks, tokenizer
 from transformers import AutoTokenizer
+
+from training import data, tasks, tokenizer
 
 PROBLEMS = list(itertools.islice(tasks.problems(seed=2, held=False), 300))
 

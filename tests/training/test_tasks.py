@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from training import tasks
 
 LEVELS = {task: levels + tasks.LONGER.get(task, ()) for task, levels in tasks.LEVELS.items()}

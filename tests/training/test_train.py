@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from training import data, moe, train
 
 SHAPE = moe.Shape(
