@@ -336,7 +336,7 @@ def card(name: str, found: dict[str, Any], facts: dict[str, Any]) -> str:
         "",
         "Greedy, bf16, the bare question as prompt; no problem here was in training. Tasks with a "
         f"level of at least 50 problems between 30 and 95 %: {', '.join(middle) or 'none'}. The "
-        "levels longer than in training were chosen on a checkpoint of this model shortly before "
+        "levels longer than in training were chosen on a checkpoint of `fine` shortly before "
         "its end, to have problems on which damage shows.",
         "",
         *_tasks(found),
