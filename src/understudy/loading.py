@@ -10,7 +10,7 @@ terminals, HTTP.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -285,9 +285,23 @@ def load(
     runtime = _assemble(anatomy, chosen, plan, model)
     guest.attach(model, runtime, anatomy.modules)
     model.understudy = Handle(runtime, plan, chosen, anatomy)
+    for note in _given_up(chosen, runtime):
+        say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
+
+
+def _given_up(o: Options, runtime: Runtime) -> Iterator[str]:
+    """What was asked for (or is the default) and cannot be had here: no silent fallback."""
+    if o.prefill_chunk_size is None:
+        yield "note: prompts are read whole; chunks would change this family's answer"
+    if o.direct_io and not runtime.store.disk.direct:
+        yield "note: this file system refuses direct I/O; reads go through the page cache"
+    unseen = runtime.lookahead.unavailable
+    if runtime.director.predictor.lookahead and unseen:
+        layer, reason = next(iter(unseen.items()))
+        yield f"note: {len(unseen)} layers cannot be looked ahead (layer {layer}: {reason})"
 
 
 def _resident_bytes(model: Any) -> int:

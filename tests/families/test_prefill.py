@@ -31,3 +31,11 @@ def test_long_prompts_equal_unchunked_transformers(family: str, tmp_path: Path) 
     with understudy.load(tmp_path, slots=3, dtype="float32", prefill_chunk_size=8) as model:
         got = torch.cat(model.generate(ids, **ask).logits)
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_what_is_given_up_is_said(tmp_path: Path) -> None:
+    configs.build("jamba", tmp_path)
+    said: list[str] = []
+    with understudy.load(tmp_path, slots=3, on_status=said.append) as model:
+        assert model.understudy.policies["prefill_chunk_size"] is None
+    assert any("read whole" in line for line in said)
