@@ -264,7 +264,7 @@ def load(
     those of `Options`. Returns a genuine `PreTrainedModel` (also a context manager) that carries
     ``model.understudy``. Raises `UnderstudyError` and its children, one line each.
     """
-    chosen = Options(memory=memory, **options)
+    asked = chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
     require(chosen.evictor, chosen.predictor)
     anatomy = Anatomy.of(source)
@@ -277,7 +277,7 @@ def load(
         anatomy.checkpoint.path, anatomy.checkpoint.config, anatomy.bones, dtype
     )
     kv = guest.kv_cache_bytes(model, context)
-    if not guest.chunks_prefill(model):
+    if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):
         chosen = replace(chosen, prefill_chunk_size=None)
     plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
@@ -285,17 +285,17 @@ def load(
     runtime = _assemble(anatomy, chosen, plan, model)
     guest.attach(model, runtime, anatomy.modules)
     model.understudy = Handle(runtime, plan, chosen, anatomy)
-    for note in _given_up(chosen, runtime):
+    for note in _given_up(asked, chosen, runtime):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
 
 
-def _given_up(o: Options, runtime: Runtime) -> Iterator[str]:
+def _given_up(asked: Options, o: Options, runtime: Runtime) -> Iterator[str]:
     """What was asked for (or is the default) and cannot be had here: no silent fallback."""
-    if o.prefill_chunk_size is None:
-        yield "note: prompts are read whole; chunks would change this family's answer"
+    if o.prefill_chunk_size != asked.prefill_chunk_size:
+        yield "note: prompts are read whole; chunks fail or change the answer in this family"
     if o.direct_io and not runtime.store.disk.direct:
         yield "note: this file system refuses direct I/O; reads go through the page cache"
     unseen = runtime.lookahead.unavailable

@@ -38,7 +38,7 @@ class Director:
         self.resolver, self.route, self.switch = resolver, route, switch
         self.nbytes = nbytes
         self.counters = Counters()
-        self._wanted: dict[ExpertId, int] = {}  # predicted, and for how many layers from now
+        self._wanted: set[ExpertId] = set()  # predicted, and their layer has not come yet
 
     # ---------------------------------------------------------------------------------- one event
 
@@ -50,7 +50,7 @@ class Director:
         self._count(event, hits, late, missing)
         self.evictor.touch(event, needed)
         # The truth about this layer is here; guesses about it protect nobody any more.
-        self._wanted = {e: n for e, n in self._wanted.items() if e.layer != event.layer}
+        self._wanted = {e for e in self._wanted if e.layer != event.layer}
         fetched = list(self.resolver.fetch(event, missing))
         # Hits first: they are computed while the loads fly.
         order = hits + late + fetched
@@ -186,7 +186,7 @@ class Director:
     def _speculate(self, event: LayerEvent) -> tuple[Guess, ...]:
         """Guesses worth issuing, soonest and likeliest first. An empty answer cancels the old."""
         guesses = self.predictor.predict(event) if self.switch.on else []
-        self._wanted = {g.expert: g.layers_until for g in guesses}
+        self._wanted = {g.expert for g in guesses}
         useful = [
             g for g in guesses if g.expert not in self.book and self.resolver.would_fetch(g.expert)
         ]
