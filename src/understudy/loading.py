@@ -28,6 +28,7 @@ from understudy.core import (
     LayerEvent,
     UnderstudyError,
 )
+from understudy.experts import kernels
 from understudy.experts.compute import ExpertMlp
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
@@ -56,12 +57,14 @@ class Options:
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4
+    kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
     slots: int | None = None  # instead of as many as fit; benchmarks compare equal caches
     self_switch: bool = True  # speculation switches itself off while it loses
 
     def __post_init__(self) -> None:
+        kernels.parse(self.kernel)
         for name in ("depth", "io_threads", "prefill_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -210,9 +213,15 @@ class Handle:
     """``model.understudy``: what the engine shows of itself, and `close`."""
 
     def __init__(
-        self, runtime: Runtime, plan: planning.Plan, options: Options, anatomy: Anatomy
+        self,
+        runtime: Runtime,
+        plan: planning.Plan,
+        options: Options,
+        anatomy: Anatomy,
+        choices: Sequence[kernels.Choice],
     ) -> None:
         self.runtime, self.plan, self.options, self.anatomy = runtime, plan, options, anatomy
+        self.kernels = tuple(dict.fromkeys(choice.name for choice in choices))
         self.closed = False
 
     @property
@@ -229,6 +238,7 @@ class Handle:
             "evictor": o.evictor,
             "predictor": o.predictor,
             "depth": o.depth,
+            "kernel": ",".join(self.kernels),
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
             "direct_io": self.runtime.store.disk.direct,
@@ -282,9 +292,9 @@ def load(
     plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
-    runtime = _assemble(anatomy, chosen, plan, model)
+    runtime, choices = _assemble(anatomy, chosen, plan, model)
     guest.attach(model, runtime, anatomy.modules)
-    model.understudy = Handle(runtime, plan, chosen, anatomy)
+    model.understudy = Handle(runtime, plan, chosen, anatomy, choices)
     for note in _given_up(asked, chosen, runtime):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
@@ -350,7 +360,9 @@ def _predictor(a: Anatomy, o: Options) -> Predictor:
     return found
 
 
-def _assemble(a: Anatomy, o: Options, plan: planning.Plan, model: Any) -> Runtime:
+def _assemble(
+    a: Anatomy, o: Options, plan: planning.Plan, model: Any
+) -> tuple[Runtime, list[kernels.Choice]]:
     """Wire minds and hands: the one place that knows them all."""
     lock = threading.Condition()
     book = Residency(plan.slots)
@@ -373,11 +385,24 @@ def _assemble(a: Anatomy, o: Options, plan: planning.Plan, model: Any) -> Runtim
         forget=director.forget,
         threads=o.io_threads,
     )
+    mlps, choice = _mlps(a, o, model)
     return Runtime(
         director=director,
         store=store,
         transfer=transfer,
         lock=lock,
-        mlps=[ExpertMlp(module) for module in guest.guests(model)],
+        mlps=mlps,
         lookahead=Lookahead(guest.routers(model, a.modules)),
-    )
+    ), choice
+
+
+def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
+    """One per MoE layer, each with the kernel that its layout asks for."""
+    mlps = [ExpertMlp(module) for module in guest.guests(model)]
+    choices = []
+    for layer, mlp in enumerate(mlps):
+        layout = next(found for expert, found in a.layouts.items() if expert.layer == layer)
+        choice = kernels.choose(o.kernel, mlp, layout, model.dtype)
+        mlp.native_rows = choice.rows
+        choices.append(choice)
+    return mlps, choices

@@ -1,25 +1,41 @@
-"""The expert MLP on the CPU: one call = one expert with all its tokens of one event.
+"""The expert MLP on the CPU: what one expert makes of its tokens of one event.
 
-Knows: tensors, the Experts module's own activation and flags. Does not know: where the weights came
-from, which expert this is, who else runs.
+Knows: tensors, the Experts module's own activation and flags, the two kernels. Does not know: where
+the weights came from, which expert this is, who else runs.
 
-The shape of a call never depends on residency or on the order of arrival, so neither do its bits.
-Row counts are rounded up to a bucket: oneDNN compiles a kernel for every new count (0.4-0.5 ms).
+Two kernels. ``native`` for few tokens: several experts in one call, each line of weights read once
+at the speed of memory; a token's bits do not depend on who shares the call. ``torch`` for many
+tokens: one expert per call, whose shape never depends on residency or on the order of arrival. Row
+counts are rounded up to a bucket: oneDNN compiles a kernel for every new count (0.4-0.5 ms).
 """
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import _default_apply_gate
+
+from understudy.experts import native
+from understudy.experts.store import Weights
 
 Pieces = Sequence[torch.Tensor]
 
+# What the native kernel can multiply without rounding a weight: stored dtype -> of the computation.
+_EXACT = {
+    torch.float32: (torch.float32,),
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+}
+
 
 def bucket(rows: int) -> int:
-    """The row count a call is padded to: powers of two up to 64, then multiples of 64."""
+    """The row count a torch call is padded to: powers of two up to 64, then multiples of 64."""
     if rows <= 64:
         return 1 << (rows - 1).bit_length()
     return -(-rows // 64) * 64
@@ -30,37 +46,129 @@ class ExpertMlp:
 
     ``module`` is the module of transformers (its parameters are gone, its activation and flags are
     not). Mirrors `transformers.integrations.moe`: up or gate_up, activation, down, optional norm.
+    ``native_rows``: up to how many tokens of an expert the native kernel is used (0: never).
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, native_rows: int = 0) -> None:
         self.transposed: bool = module.is_transposed
         self.gated: bool = module.has_gate
         self.act: Callable[[torch.Tensor], torch.Tensor] | None = getattr(module, "act_fn", None)
         self.apply_gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate
         self.norm = module.post_expert_norm if module.has_post_expert_norm else None
+        self.native_rows = native_rows if native.library() is not None else 0
+        self._possible: dict[torch.dtype, bool] = {}
+        self._fused: dict[torch.dtype, Fused] = {}
+        self.swiglu = (
+            self.gated
+            and self.norm is None
+            and isinstance(self.act, nn.SiLU)
+            and getattr(self.apply_gate, "__func__", None) is _default_apply_gate
+        )
 
-    def __call__(self, x: torch.Tensor, weights: Mapping[str, Pieces]) -> torch.Tensor:
-        """x [n, H] -> [n, H], before the routing weight."""
+    def __call__(
+        self, x: torch.Tensor, weights: Mapping[str, Pieces], *, few: bool = False
+    ) -> torch.Tensor:
+        """x [n, H] -> [n, H], before the routing weight. ``few``: few enough for `native`."""
         if self.gated:
-            h = self.apply_gate(self._linear(x, weights, "gate_up_proj"))
+            h = self.apply_gate(self._linear(x, weights, "gate_up_proj", few))
         else:
             assert self.act is not None
-            h = self.act(self._linear(x, weights, "up_proj"))
-        out = self._linear(h, weights, "down_proj")
+            h = self.act(self._linear(x, weights, "up_proj", few))
+        out = self._linear(h, weights, "down_proj", few)
         return out if self.norm is None else self.norm(out)
 
-    def _linear(self, x: torch.Tensor, weights: Mapping[str, Pieces], name: str) -> torch.Tensor:
-        parts = [F.linear(x, self._matrix(piece, x.dtype)) for piece in weights[name]]
+    def _linear(
+        self, x: torch.Tensor, weights: Mapping[str, Pieces], name: str, few: bool
+    ) -> torch.Tensor:
+        multiply = self._native if few else self._torch
+        parts = [multiply(x, piece) for piece in weights[name]]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         bias = weights.get(f"{name}_bias")
         if bias is None:
             return out
         return out + torch.cat([b.to(x.dtype) for b in bias], dim=-1)
 
-    def _matrix(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _torch(self, x: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
         """[out, in] in the dtype of the computation; slots hold what is stored."""
         matrix = piece.T if self.transposed else piece
-        return matrix if matrix.dtype == dtype else matrix.to(dtype)
+        return F.linear(x, matrix if matrix.dtype == x.dtype else matrix.to(x.dtype))
+
+    def _native(self, x: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+        return native.linear(x, piece, None, native.name_of(piece.dtype), 0)
+
+    def is_native(self, rows: int, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
+        """Whether the native kernel computes ``rows`` tokens in ``dtype``: a matter of shapes and
+        dtypes alone, so the same for all experts of a layer and in every mode."""
+        return rows <= self.native_rows and self.could_be_native(weights, dtype)
+
+    def could_be_native(self, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
+        """Whether the native kernel can read such weights, without rounding them."""
+        if dtype not in self._possible:
+            matrices = [p for n, pieces in weights.items() if n.endswith("_proj") for p in pieces]
+            self._possible[dtype] = not self.transposed and all(
+                p.stride(1) == 1 and dtype in _EXACT.get(p.dtype, ()) for p in matrices
+            )
+        return self._possible[dtype]
+
+    def hidden(self, weights: Mapping[str, Pieces]) -> int:
+        """H: what goes in."""
+        first = weights["gate_up_proj" if self.gated else "up_proj"][0]
+        return first.shape[0 if self.transposed else 1]
+
+    def fused(self, weights: Weights, dtype: torch.dtype) -> Fused:
+        """The call for several experts at once; they differ in addresses only."""
+        if dtype not in self._fused:
+            self._fused[dtype] = Fused(weights, dtype)
+        return self._fused[dtype]
+
+
+class Fused:
+    """Hands SwiGLU experts of one layer to the native kernel, several in one call.
+
+    An `ExpertMlp` whose experts are not SwiGLU computes them one matrix at a time instead.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        gate, _, down = _swiglu_parts(weights)
+        self.shape = native.Shape(
+            gate.shape[1],
+            down.shape[1],
+            (native.row_bytes(gate), native.row_bytes(down)),
+            (0, 0),
+            native.KINDS[native.name_of(gate.dtype)],
+            (0, 0),
+            native.KINDS[native.name_of(dtype)],
+        )
+        lib = native.library()
+        assert lib is not None
+        self._call = lib.understudy_swiglu
+
+    @staticmethod
+    def addresses(weights: Weights) -> bytes:
+        """The first six fields of ``struct expert``; kept with the weights, which own the slot."""
+        if weights.addresses is None:
+            codes = [part.data_ptr() for part in _swiglu_parts(weights)]
+            weights.addresses = struct.pack("6Q", *codes, 0, 0, 0)
+        return weights.addresses
+
+    def __call__(
+        self, experts: bytes, count: int, x: torch.Tensor, out: torch.Tensor,
+        tokens: torch.Tensor, places: torch.Tensor,
+    ) -> None:  # fmt: skip
+        failed = self._call(
+            experts, count, ctypes.addressof(self.shape), x.data_ptr(), len(x), out.data_ptr(),
+            tokens.data_ptr(), places.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the inputs of an expert")
+
+
+def _swiglu_parts(weights: Mapping[str, Pieces]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate, up and down, [out, in] each; gate and up may lie in one matrix."""
+    pieces = weights["gate_up_proj"]
+    gate, up = pieces if len(pieces) == 2 else pieces[0].chunk(2)
+    (down,) = weights["down_proj"]
+    return gate, up, down
 
 
 class Batch:
@@ -71,34 +179,60 @@ class Batch:
     """
 
     def __init__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        self.x, self.weights = x, weights
+        self.x, self.weights = x.contiguous(), weights
         self.tokens, self.k = ids.shape
         self.out = torch.empty(self.tokens * self.k, x.shape[1], dtype=x.dtype)
         flat = ids.reshape(-1)
-        if self.tokens == 1:
-            self._single = {int(e): rank for rank, e in enumerate(flat.tolist())}
+        if self.tokens == 1 and len(set(chosen := flat.tolist())) == self.k:
+            self.order = torch.arange(self.k)
+            self._spans = {e: (rank, 1) for rank, e in enumerate(chosen)}
         else:
-            order = torch.argsort(flat, stable=True)
-            found, counts = torch.unique_consecutive(flat[order], return_counts=True)
-            parts = torch.split(order, counts.tolist())
-            self._places = dict(zip(found.tolist(), parts, strict=True))
+            self.order = torch.argsort(flat, stable=True)
+            found, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
+            starts = (counts.cumsum(0) - counts).tolist()
+            spans = zip(starts, counts.tolist(), strict=True)
+            self._spans = dict(zip(found.tolist(), spans, strict=True))
+        self._token: torch.Tensor | None = None
 
-    def compute(self, expert: int, mlp: ExpertMlp, weights: Mapping[str, Pieces]) -> None:
+    def compute_many(self, experts: Sequence[tuple[int, Weights]], mlp: ExpertMlp) -> None:
+        """Run several experts, each on its tokens, and keep the results."""
+        few: list[tuple[int, Weights]] = []
+        for expert, weights in experts:
+            if not mlp.is_native(self._spans[expert][1], weights, self.x.dtype):
+                self._compute(expert, mlp, weights, few=False)
+            elif mlp.swiglu:
+                few.append((expert, weights))
+            else:
+                self._compute(expert, mlp, weights, few=True)
+        if few:
+            self._compute_fused(few, mlp)
+
+    def compute(self, expert: int, mlp: ExpertMlp, weights: Weights) -> None:
         """Run one expert on its tokens and keep the result."""
-        if self.tokens == 1:
-            self.out[self._single[expert]] = mlp(self.x, weights)[0]
-            return
-        places = self._places[expert]
-        n = len(places)
-        rows = self.x.new_zeros(bucket(n), self.x.shape[1])
+        self.compute_many([(expert, weights)], mlp)
+
+    def _compute(self, expert: int, mlp: ExpertMlp, weights: Weights, *, few: bool) -> None:
+        start, n = self._spans[expert]
+        places = self.order[start : start + n]
+        rows = self.x.new_zeros(n if few else bucket(n), self.x.shape[1])
         torch.index_select(self.x, 0, places // self.k, out=rows[:n])
-        self.out[places] = mlp(rows, weights)[:n]
+        self.out[places] = mlp(rows, weights, few=few)[:n]
+
+    def _compute_fused(self, experts: Sequence[tuple[int, Weights]], mlp: ExpertMlp) -> None:
+        fused = mlp.fused(experts[0][1], self.x.dtype)
+        if self._token is None:
+            self._token = self.order // self.k
+        records = b"".join(
+            fused.addresses(weights) + struct.pack("2q", *self._spans[expert])
+            for expert, weights in experts
+        )
+        fused(records, len(experts), self.x, self.out, self._token, self.order)
 
     def skip(self, expert: int) -> int:
         """Leave ``expert`` out: it contributes nothing. Returns to how many (token, rank) pairs."""
-        places = self._single[expert] if self.tokens == 1 else self._places[expert]
-        self.out[places] = 0
-        return 1 if isinstance(places, int) else len(places)
+        start, n = self._spans[expert]
+        self.out[self.order[start : start + n]] = 0
+        return n
 
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""

@@ -177,7 +177,11 @@ class Disk:
         self._fds = []
 
 
-Weights = Mapping[str, tuple[torch.Tensor, ...]]
+class Weights(dict[str, tuple[torch.Tensor, ...]]):
+    """Parameter name -> its pieces. ``addresses``: where the native kernel finds them; it keeps
+    them here, because they hold for as long as the expert holds its slot."""
+
+    addresses: bytes | None = None
 
 
 class Store:
@@ -224,7 +228,7 @@ class Store:
     def _views(self, expert: ExpertId, slot: int) -> Weights:
         layout, placed = self.layouts[expert], self._windows[expert]
         base = slot * self.arena.nbytes
-        views: dict[str, tuple[torch.Tensor, ...]] = {}
+        views = Weights()
         for name, pieces in layout.params.items():
             parts = []
             for p in pieces:

@@ -1,0 +1,162 @@
+"""Which kernel computes an expert with so many tokens: measured once per machine, kept, pinned.
+
+Knows: how to time the two kernels of `compute` on weights of a given layout, and where the answer
+is stored. Does not know: models, budgets, policies.
+
+Bits depend on the kernel, so two loads may never choose differently: the first measurement is
+written down and every later load reads it. ``asked`` overrides it: ``torch``, ``native`` (for up to
+`NATIVE_ROWS` tokens of an expert) or ``native:N``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from understudy.core import ExpertLayout, UnderstudyError
+from understudy.experts import native
+from understudy.experts.compute import Batch, ExpertMlp
+from understudy.experts.store import Weights
+
+NATIVE_ROWS = 8  # where nobody may measure or write: the native kernel won up to here in all trials
+TRIED = (1, 2, 4, 8, 16, 32)
+COLD_BYTES = 96 << 20  # weights to cycle through, so that no cache holds them
+ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``rows``: up to how many tokens of an expert `native` computes them (0: never).
+    ``why``: in a few words, for people. ``microseconds``: rows -> (native, torch), as measured."""
+
+    rows: int
+    why: str
+    microseconds: dict[int, tuple[float, float]]
+
+    @property
+    def name(self) -> str:
+        """As ``--kernel`` reads it: pinning this name repeats the choice."""
+        return f"native:{self.rows}" if self.rows else "torch"
+
+
+def parse(asked: str) -> int | None:
+    """``auto`` -> None, ``torch`` -> 0, ``native`` -> `NATIVE_ROWS`, ``native:N`` -> N."""
+    name, _, number = asked.partition(":")
+    if asked == "auto":
+        return None
+    if asked == "torch":
+        return 0
+    if name == "native" and (not number or (number.isdigit() and int(number) > 0)):
+        return int(number) if number else NATIVE_ROWS
+    raise UnderstudyError(f"unknown kernel {asked!r}; use auto, torch, native or native:8")
+
+
+def choose(asked: str, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype) -> Choice:
+    """The kernel for experts that lie as ``layout`` says, computed in ``dtype``."""
+    pinned = parse(asked)
+    missing = native.why_not()
+    if pinned is not None:
+        if pinned and missing:
+            raise UnderstudyError(f"kernel {asked!r} is not here: {missing}; use --kernel torch")
+        return Choice(pinned, "asked for", {})
+    if missing:
+        return Choice(0, f"no native kernel: {missing}", {})
+    if not mlp.could_be_native(_weights(layout), dtype):
+        return Choice(0, "the native kernel cannot read this layout", {})
+    file = native.cache_folder() / "kernels" / f"choice-{_key(mlp, layout, dtype)}.json"
+    return _read(file) or _measure_once(file, mlp, layout, dtype)
+
+
+def _key(mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype) -> str:
+    """Everything a measurement depends on."""
+    shapes = {n: [(p.dtype, p.shape) for p in pieces] for n, pieces in layout.params.items()}
+    parts = (native.identity(), torch.__version__, torch.get_num_threads(), str(dtype), mlp.swiglu,
+             shapes)  # fmt: skip
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _read(file: Path) -> Choice | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text())
+        times = {int(rows): (float(a), float(b)) for rows, (a, b) in kept["microseconds"].items()}
+        return Choice(int(kept["rows"]), "measured on this machine", times)
+    return None
+
+
+def _measure_once(
+    file: Path, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype
+) -> Choice:
+    """Measure, and write it down unless another process was quicker: the first answer holds."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+    except OSError:
+        return Choice(NATIVE_ROWS, f"{file.parent} cannot be written, so not measured", {})
+    try:
+        times = dict(_measure(mlp, layout, dtype))
+        rows = 0
+        for tried, (ours, theirs) in sorted(times.items()):
+            if ours > theirs:
+                break
+            rows = tried
+        kept = {"rows": rows, "microseconds": times, "dtype": str(dtype)}
+        with os.fdopen(descriptor, "w") as out:
+            json.dump(kept, out)
+        with suppress(FileExistsError):
+            os.link(name, file)
+    finally:
+        os.unlink(name)
+    return _read(file) or Choice(rows, "measured just now", times)
+
+
+def _measure(
+    mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Rows -> microseconds per expert of both kernels, the best of a few alternating rounds."""
+    some = _weights(layout)
+    size = sum(p.nbytes for pieces in some.values() for p in pieces)
+    crowd = [some, *(_weights(layout) for _ in range(min(15, COLD_BYTES // max(1, size))))]
+    kept = mlp.native_rows
+    try:
+        for rows in TRIED:
+            best = [float("inf"), float("inf")]
+            for turn in range(2 * ROUNDS):
+                mlp.native_rows = 0 if turn % 2 else rows
+                best[turn % 2] = min(best[turn % 2], _time(mlp, crowd, rows, dtype))
+            yield rows, (1e6 * best[0], 1e6 * best[1])
+    finally:
+        mlp.native_rows = kept
+
+
+def _time(mlp: ExpertMlp, crowd: list[Weights], rows: int, dtype: torch.dtype) -> float:
+    x = torch.randn(rows, mlp.hidden(crowd[0])).to(dtype)
+    ids, ones = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1, dtype=dtype)
+    batch = Batch(x, ids, ones)
+    started = time.perf_counter()
+    for weights in crowd:
+        batch.compute(0, mlp, weights)
+    return (time.perf_counter() - started) / len(crowd)
+
+
+def _weights(layout: ExpertLayout) -> Weights:
+    """Random weights that lie as ``layout`` says."""
+    weights = Weights()
+    for name, pieces in layout.params.items():
+        weights[name] = tuple(
+            torch.empty_strided(p.shape, p.strides, dtype=getattr(torch, p.dtype)) for p in pieces
+        )
+        for part in weights[name]:
+            if part.is_floating_point():
+                part.normal_(std=0.02)
+            else:
+                part.random_(0, 100)
+    return weights

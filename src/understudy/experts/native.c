@@ -1,0 +1,535 @@
+/* Matrix times a few vectors, for the weights of experts as they lie in memory.
+ *
+ * Knows: addresses, shapes, how weights are encoded. Does not know: torch, experts' names, where
+ * the bytes came from.
+ *
+ * One output element is one dot product, computed by one thread in an order that depends on the
+ * length K alone: not on the number of threads, not on how many experts or tokens share a call.
+ * That is what makes a token's bits independent of the budget. Work is handed out in chunks, so a
+ * core that a reader borrowed delays nobody.
+ *
+ * Built with -march=native: the instruction set is chosen by the compiler. With AVX512-BF16, bf16
+ * and 4-bit weights meet bf16 inputs in vdpbf16ps; else everything is widened to fp32 vectors,
+ * which GCC and clang lower to whatever the machine has.
+ *
+ * OpenMP's symbols are left open: they are those of the library that torch has loaded, so that its
+ * threads and ours are the same and never spin against each other.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define BF16_DOT 1
+#else
+#define BF16_DOT 0
+#endif
+
+#define R 4                 /* tokens that share one pass over a line of weights */
+#define CHUNK_BYTES 131072  /* weights handed to a thread at a time */
+
+enum kind { F32, F16, BF16, INT8, INT4, MXFP4 };
+
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+
+/* ------------------------------------------------------------------------------ small numbers */
+
+static inline float from_bf16(uint16_t b) {
+  uint32_t u = (uint32_t)b << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline uint16_t to_bf16(float f) { /* to nearest, ties to even, as torch rounds */
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+#ifdef __FLT16_MAX__
+static inline float from_f16(uint16_t b) { _Float16 h; memcpy(&h, &b, 2); return (float)h; }
+static inline uint16_t to_f16(float f) { _Float16 h = (_Float16)f; uint16_t b; memcpy(&b, &h, 2); return b; }
+#else
+#error "this compiler has no _Float16"
+#endif
+
+static inline float rounded(float f, int dtype) {
+  return dtype == BF16 ? from_bf16(to_bf16(f)) : dtype == F16 ? from_f16(to_f16(f)) : f;
+}
+
+static inline float load_as_float(const void *p, int64_t i, int dtype) {
+  if (dtype == BF16) return from_bf16(((const uint16_t *)p)[i]);
+  if (dtype == F16) return from_f16(((const uint16_t *)p)[i]);
+  return ((const float *)p)[i];
+}
+
+static inline void store(void *p, int64_t i, float f, int dtype) {
+  if (dtype == BF16) ((uint16_t *)p)[i] = to_bf16(f);
+  else if (dtype == F16) ((uint16_t *)p)[i] = to_f16(f);
+  else ((float *)p)[i] = f;
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline v16 splat(float f) { return (v16){f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f}; }
+
+static inline float total(v16 a) { /* always by halves */
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) a[i] += a[i + width];
+  return a[0];
+}
+
+/* exp to about 1 ulp of fp32 without a branch: every lane does the same, wherever it stands */
+static inline v16 exp16(v16 x) {
+  for (int i = 0; i < 16; i++) x[i] = x[i] > 88.0f ? 88.0f : x[i] < -87.0f ? -87.0f : x[i];
+  v16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: 1.5 * 2^23 */
+  i16 k = __builtin_convertvector(n, i16);
+  v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  v16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i16 bits = (k + 127) << 23;
+  v16 scale;
+  memcpy(&scale, &bits, 64);
+  return p * scale;
+}
+
+/* -------------------------------------------------------------- inputs, in the order of weights
+ *
+ * Every kind reads its input from a row of `width(K)` elements: bf16 for the kinds that use
+ * vdpbf16ps, else fp32, zero-filled up to a multiple of 64, in the order in which 64 weights come
+ * out of 32 bytes (4-bit kinds) or in their own order (all others).
+ */
+
+static inline int wants_bf16(int kind, int dtype) {
+  return BF16_DOT && dtype == BF16 && (kind == BF16 || kind == INT4 || kind == MXFP4);
+}
+
+static inline int64_t padded(int64_t k) { return (k + 63) / 64 * 64; }
+
+/* where element i of an input goes inside its row */
+static inline int64_t place(int64_t i, int kind) {
+  if (kind != INT4 && kind != MXFP4) return i;
+  int64_t base = i / 64 * 64, in_half = i % 32, half = i / 32 % 2;
+  /* 32 bytes hold two blocks of 32 weights; first come all low nibbles, then all high ones */
+  int64_t high = kind == INT4 ? in_half >= 16 : in_half % 2;
+  int64_t byte = half * 16 + (kind == INT4 ? in_half % 16 : in_half / 2);
+  return base + high * 32 + byte;
+}
+
+static void put(void *row, int64_t i, float f, int kind, int bf16) {
+  int64_t at = place(i, kind);
+  if (bf16) ((uint16_t *)row)[at] = to_bf16(f);
+  else ((float *)row)[at] = f;
+}
+
+static int64_t row_bytes(int64_t k, int kind, int dtype) {
+  return padded(k) * (wants_bf16(kind, dtype) ? 2 : 4);
+}
+
+static void prepare(const void *x, int64_t first, int64_t k, void *row, int kind, int dtype) {
+  int bf16 = wants_bf16(kind, dtype);
+  memset(row, 0, row_bytes(k, kind, dtype));
+  if (kind == BF16 && bf16) memcpy(row, (const uint16_t *)x + first, 2 * k);
+  else if (kind == F32 && dtype == F32) memcpy(row, (const float *)x + first, 4 * k);
+  else for (int64_t i = 0; i < k; i++) put(row, i, load_as_float(x, first + i, dtype), kind, bf16);
+}
+
+/* ------------------------------------------------------------------------------- dot products
+ *
+ * One line of weights times `rows` inputs. Each of the products keeps sums of its own, so any
+ * number of rows gives the same bits. (Two or four lines at once share the inputs and were slower:
+ * one thread, one stream of memory.)
+ */
+
+#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE inline __attribute__((always_inline))
+#define LINE const struct matrix *m, int64_t line, const char *const *x, const int rows, float *y
+
+struct matrix {
+  const char *codes;
+  const char *scales;  /* null where the kind has none */
+  int64_t k, stride, scale_stride;  /* bytes from row to row */
+  int kind, group;
+};
+
+
+
+static inline float group_scale(const struct matrix *m, int64_t row, int64_t i) {
+  const char *s = m->scales + row * m->scale_stride;
+  if (m->kind == INT4) return from_f16(((const uint16_t *)s)[i / m->group]);
+  uint32_t bits = (uint32_t)((const uint8_t *)s)[i / 32] << 23; /* 2^(e-127) */
+  if (bits == 0) bits = 0x00400000;                             /* the only subnormal one */
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline v16 widen16(const char *w, int kind) { /* sixteen plain weights as fp32 */
+  if (kind == F32) { v16 v; memcpy(&v, w, 64); return v; }
+  if (kind == BF16) {
+    h16 h; memcpy(&h, w, 32);
+    i16 u = __builtin_convertvector(h, i16) << 16;
+    v16 v; memcpy(&v, &u, 64); return v;
+  }
+#ifdef __AVX512F__
+  if (kind == F16) return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)w));
+  return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)w)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  __m256 f[2];
+  for (int i = 0; i < 2; i++)
+    f[i] = kind == F16
+        ? _mm256_cvtph_ps(_mm_loadu_si128((const void *)(w + 16 * i)))
+        : _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(w + 8 * i))));
+  v16 v;
+  memcpy(&v, f, 64);
+  return v;
+#else
+  v16 v;
+  for (int i = 0; i < 16; i++)
+    v[i] = kind == F16 ? load_as_float(w, i, F16) : (float)((const int8_t *)w)[i];
+  return v;
+#endif
+}
+
+/* fp32, fp16, bf16 and int8 weights against fp32 rows */
+static INLINE void plain(LINE, int kind) {
+  const int size = kind == F32 ? 4 : kind == INT8 ? 1 : 2;
+  const char *w = m->codes + line * m->stride;
+  v16 a[R][2];
+  UNROLL for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = splat(0);
+  int64_t i = 0;
+  for (; i + 32 <= m->k; i += 32) {
+    v16 v0 = widen16(w + i * size, kind), v1 = widen16(w + (i + 16) * size, kind);
+    UNROLL for (int r = 0; r < rows; r++) {
+      a[r][0] += v0 * *(const v16 *)(x[r] + 4 * i);
+      a[r][1] += v1 * *(const v16 *)(x[r] + 4 * i + 64);
+    }
+  }
+  for (; i < m->k; i += 16) { /* the end, through a buffer: nothing is read beyond the line */
+    char tail[64] = {0};
+    memcpy(tail, w + i * size, least(16, m->k - i) * size);
+    v16 v = widen16(tail, kind);
+    UNROLL for (int r = 0; r < rows; r++) a[r][0] += v * *(const v16 *)(x[r] + 4 * i);
+  }
+  float scale = kind == INT8 ? ((const float *)m->scales)[line] : 1.0f;
+  UNROLL for (int r = 0; r < rows; r++) y[r] = total(a[r][0] + a[r][1]) * scale;
+}
+
+/* 4-bit weights as int8, those of MXFP4 doubled: what a byte shuffle can look up */
+static const int8_t INT4_BYTES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+static const int8_t MXFP4_BYTES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+static inline void look_up(const uint8_t *w, const int8_t *values, int8_t *low, int8_t *high) {
+#ifdef __SSSE3__
+  const __m128i table = _mm_loadu_si128((const void *)values), mask = _mm_set1_epi8(15);
+  __m128i bytes = _mm_loadu_si128((const void *)w);
+  _mm_storeu_si128((void *)low, _mm_shuffle_epi8(table, _mm_and_si128(bytes, mask)));
+  bytes = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  _mm_storeu_si128((void *)high, _mm_shuffle_epi8(table, bytes));
+#else
+  for (int i = 0; i < 16; i++) { low[i] = values[w[i] & 15]; high[i] = values[w[i] >> 4]; }
+#endif
+}
+
+/* 4-bit weights against fp32 rows: the road where bf16 does not meet bf16 */
+static INLINE void nibbles(LINE) {
+  const uint8_t *w = (const uint8_t *)m->codes + line * m->stride;
+  const int8_t *values = m->kind == INT4 ? INT4_BYTES : MXFP4_BYTES;
+  const float unit = m->kind == INT4 ? 1.0f : 0.5f;
+  v16 a[R];
+  UNROLL for (int r = 0; r < rows; r++) a[r] = splat(0);
+  for (int64_t i = 0; i < m->k; i += 32) {
+    int8_t codes[32];
+    look_up(w + i / 2, values, codes, codes + 16);
+    v16 scale = splat(unit * group_scale(m, line, i));
+    v16 low = widen16((const char *)codes, INT8), high = widen16((const char *)codes + 16, INT8);
+    UNROLL for (int r = 0; r < rows; r++) { /* high nibbles lie 32 after the low ones */
+      const float *at = (const float *)x[r] + i / 64 * 64 + i % 64 / 2;
+      a[r] += (low * *(const v16 *)at + high * *(const v16 *)(at + 32)) * scale;
+    }
+  }
+  UNROLL for (int r = 0; r < rows; r++) y[r] = total(a[r]);
+}
+
+#if BF16_DOT
+
+static INLINE void bf16_dot(LINE) {
+  const char *w = m->codes + line * m->stride;
+  __m512 a[R][4];
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int part = 0; part < 4; part++) a[r][part] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 128 <= m->k; i += 128)
+    UNROLL for (int part = 0; part < 4; part++) {
+      __m512bh v = (__m512bh)_mm512_loadu_si512(w + 2 * i + 64 * part);
+      UNROLL for (int r = 0; r < rows; r++)
+        a[r][part] = _mm512_dpbf16_ps(
+            a[r][part], v, (__m512bh)_mm512_loadu_si512(x[r] + 2 * i + 64 * part));
+    }
+  for (; i < m->k; i += 32) {
+    __mmask32 mask = m->k - i >= 32 ? 0xffffffffu : (1u << (m->k - i)) - 1;
+    __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + 2 * i);
+    UNROLL for (int r = 0; r < rows; r++)
+      a[r][0] = _mm512_dpbf16_ps(a[r][0], v, (__m512bh)_mm512_loadu_si512(x[r] + 2 * i));
+  }
+  UNROLL for (int r = 0; r < rows; r++)
+    y[r] = _mm512_reduce_add_ps(
+        _mm512_add_ps(_mm512_add_ps(a[r][0], a[r][1]), _mm512_add_ps(a[r][2], a[r][3])));
+}
+
+/* the sixteen values as bf16, twice: five bits of an index count, and the fifth must not matter */
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+static const uint16_t INT4_TABLE[32] = TWICE(
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
+static const uint16_t MXFP4_TABLE[32] = TWICE(
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0);
+
+/* up to sixteen scales from number `first` on, as fp32; each once per group of 64 or 32 weights */
+static inline void scales_of(const struct matrix *m, const char *s, int64_t first, float *f) {
+  int64_t all = m->k / m->group;
+  __mmask16 mask = all - first >= 16 ? 0xffff : (1u << (all - first)) - 1;
+  __m512 v;
+  if (m->kind == INT4)
+    v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, s + 2 * first));
+  else { /* 2^(e-127); e = 0 is the only subnormal one */
+    __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, s + first));
+    v = _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(e, 23),
+        _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()), _mm512_set1_epi32(0x00400000)));
+  }
+  _mm512_storeu_ps(f, v);
+}
+
+/* 64 weights in 32 bytes; their low nibbles meet the first half of the input, the high the second */
+static INLINE void bf16_nibbles(LINE, int group) {
+  const char *w = m->codes + line * m->stride, *s = m->scales + line * m->scale_stride;
+  const __m512i table = _mm512_loadu_si512(m->kind == INT4 ? INT4_TABLE : MXFP4_TABLE);
+  const int64_t span = 16 * group; /* weights that sixteen scales speak for */
+  __m512 a[R];
+  float f[17] = {0}; /* one more than sixteen: half a block looks one scale ahead */
+  UNROLL for (int r = 0; r < rows; r++) a[r] = _mm512_setzero_ps();
+  for (int64_t from = 0; from < m->k; from += span) {
+    const int64_t to = least(m->k, from + span);
+    scales_of(m, s, from / group, f);
+    for (int64_t i = from; i < to; i += 64) {
+      const void *at = w + i / 2;
+      __m256i bytes = to - i >= 64 ? _mm256_loadu_si256(at)
+                                   : _mm256_zextsi128_si256(_mm_loadu_si128(at));
+      __m512i words = _mm512_cvtepu8_epi16(bytes);
+      __m512bh low = (__m512bh)_mm512_permutexvar_epi16(words, table);
+      __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+      const float *g = f + (i - from) / group;
+      __m512 scale = _mm512_set1_ps(g[0]); /* groups of 32: lanes 8-15 sum the second one */
+      if (group == 32) scale = _mm512_insertf32x8(scale, _mm256_set1_ps(g[1]), 1);
+      UNROLL for (int r = 0; r < rows; r++) {
+        const char *in = x[r] + 2 * i;
+        __m512 dot = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, (__m512bh)_mm512_loadu_si512(in));
+        dot = _mm512_dpbf16_ps(dot, high, (__m512bh)_mm512_loadu_si512(in + 64));
+        a[r] = _mm512_fmadd_ps(dot, scale, a[r]);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(a[r]);
+}
+#endif
+
+static INLINE void choose(LINE, int bf16) {
+#if BF16_DOT
+  if (bf16 && m->kind == BF16) { bf16_dot(m, line, x, rows, y); return; }
+  if (bf16 && m->group == 64) { bf16_nibbles(m, line, x, rows, y, 64); return; }
+  if (bf16) { bf16_nibbles(m, line, x, rows, y, 32); return; }
+#endif
+  (void)bf16;
+  switch (m->kind) {
+    case F32: plain(m, line, x, rows, y, F32); break;
+    case F16: plain(m, line, x, rows, y, F16); break;
+    case BF16: plain(m, line, x, rows, y, BF16); break;
+    case INT8: plain(m, line, x, rows, y, INT8); break;
+    default: nibbles(m, line, x, rows, y);
+  }
+}
+
+/* y[i * n + t] = line `first + i` times input t, for n inputs that lie `x_bytes` apart */
+static void dot(const struct matrix *m, int64_t first, int64_t lines, const char *x,
+                int64_t x_bytes, int64_t n, float *y, int bf16) {
+  for (int64_t t = 0; t < n; t += R) {
+    const int64_t now = least(R, n - t);
+    const char *at[R];
+    float four[R];
+    for (int r = 0; r < R; r++) at[r] = x + (t + least(r, now - 1)) * x_bytes;
+    for (int64_t i = 0; i < lines; i++) {
+      if (now == 1) choose(m, first + i, at, 1, four, bf16);
+      else if (now == 2) choose(m, first + i, at, 2, four, bf16);
+      else choose(m, first + i, at, R, four, bf16); /* three are four, one of them twice */
+      for (int64_t r = 0; r < now; r++) y[i * n + t + r] = four[r];
+    }
+  }
+}
+
+/* ------------------------------------------------------------------------------------ experts */
+
+struct expert {
+  const char *codes[3];  /* gate, up, down; [I, H], [I, H], [H, I] */
+  const char *scales[3];
+  int64_t first, tokens;  /* its entries in `tokens` and `places` */
+};
+
+struct shape {
+  int64_t hidden, width;  /* H, I */
+  int64_t stride[2], scale_stride[2];  /* of gate and up, and of down: bytes from row to row */
+  int32_t kind, group[2];
+  int32_t dtype;  /* of the inputs and outputs */
+};
+
+static inline struct matrix part(const struct expert *e, int which, const struct shape *s) {
+  int down = which == 2;
+  return (struct matrix){e->codes[which], e->scales[which], down ? s->width : s->hidden,
+                         s->stride[down], s->scale_stride[down], s->kind, s->group[down]};
+}
+
+/* silu(gate) * up, rounded where torch rounds, for sixteen places of one token */
+static void swiglu16(const float *gate, const float *up, float *h, int dtype) {
+  v16 g, u, s;
+  for (int i = 0; i < 16; i++) { g[i] = rounded(gate[i], dtype); u[i] = rounded(up[i], dtype); }
+  s = g / (1.0f + exp16(-g));
+  for (int i = 0; i < 16; i++) h[i] = rounded(rounded(s[i], dtype) * u[i], dtype);
+}
+
+/* sixteen rows of gate and up of one expert, and what comes of them, for all of its tokens */
+static void gate_up(const struct expert *e, const struct shape *s, int64_t row, const char *x,
+                    int64_t x_bytes, char *h, int64_t h_bytes, float *room) {
+  struct matrix gate = part(e, 0, s), up = part(e, 1, s);
+  int bf16 = wants_bf16(s->kind, s->dtype);
+  int64_t n = e->tokens, rows = least(16, s->width - row);
+  float *g = room, *u = room + 16 * n;
+  dot(&gate, row, rows, x, x_bytes, n, g, bf16);
+  dot(&up, row, rows, x, x_bytes, n, u, bf16);
+  for (int64_t t = 0; t < n; t++) {
+    float a[16] = {0}, b[16] = {0}, c[16];
+    for (int64_t i = 0; i < rows; i++) { a[i] = g[i * n + t]; b[i] = u[i * n + t]; }
+    swiglu16(a, b, c, s->dtype);
+    for (int64_t i = 0; i < rows; i++) put(h + t * h_bytes, row + i, c[i], s->kind, bf16);
+  }
+}
+
+static void down(const struct expert *e, const struct shape *s, int64_t row, int64_t rows,
+                 const char *h, int64_t h_bytes, char *out, const int64_t *places, float *room) {
+  struct matrix m = part(e, 2, s);
+  dot(&m, row, rows, h, h_bytes, e->tokens, room, wants_bf16(s->kind, s->dtype));
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t t = 0; t < e->tokens; t++)
+      store(out, places[e->first + t] * s->hidden + row + i, room[i * e->tokens + t], s->dtype);
+}
+
+/* Sixteen lines are a unit of work; a chunk is as many units as make CHUNK_BYTES. */
+static inline int64_t chunk(int64_t stride) {
+  int64_t units = CHUNK_BYTES / (16 * stride);
+  return 16 * (units > 0 ? units : 1);
+}
+
+static inline int64_t pieces(int64_t lines, int64_t size) { return (lines + size - 1) / size; }
+
+static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+
+/* SwiGLU experts: out[place] = down(silu(gate(x)) * up(x)).
+ * x [T, H]; tokens[j]: the row of x that entry j reads; places[j]: the row of out that it fills.
+ * Returns 0, or 1 where memory was refused. */
+int understudy_swiglu(const struct expert *experts, int64_t count, const struct shape *s,
+                      const char *x, int64_t T, char *out, const int64_t *tokens,
+                      const int64_t *places, int threads) {
+  const int64_t x_bytes = row_bytes(s->hidden, s->kind, s->dtype);
+  const int64_t h_bytes = row_bytes(s->width, s->kind, s->dtype);
+  int64_t entries = 0, most = 1;
+  for (int64_t e = 0; e < count; e++) {
+    entries += experts[e].tokens;
+    if (experts[e].tokens > most) most = experts[e].tokens;
+  }
+  const int64_t room_bytes = 32 * most * (int64_t)sizeof(float);
+  char *memory = NULL;
+  if (posix_memalign((void **)&memory, 64, (T + entries) * x_bytes + entries * h_bytes +
+                                               threads * room_bytes + count * sizeof(int64_t)))
+    return 1;
+  char *xs = memory, *gathered = xs + T * x_bytes, *hs = gathered + entries * x_bytes;
+  char *rooms = hs + entries * h_bytes;
+  int64_t *at = (int64_t *)(rooms + threads * room_bytes); /* first entry of an expert in here */
+  for (int64_t e = 0, sum = 0; e < count; sum += experts[e++].tokens) at[e] = sum;
+  for (int64_t j = 0; j < entries; j++) /* beyond I there are zeros, as `prepare` leaves them */
+    memset(hs + (j + 1) * h_bytes - h_bytes * 64 / padded(s->width), 0,
+           h_bytes * 64 / padded(s->width));
+  const int64_t up_chunk = chunk(2 * s->stride[0]), up_per = pieces(s->width, up_chunk);
+  const int64_t down_chunk = chunk(s->stride[1]), down_per = pieces(s->hidden, down_chunk);
+  int64_t up_next = 0, down_next = 0, room_next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    float *room = (float *)(rooms + take(&room_next) * room_bytes);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; t++)
+      prepare(x, t * s->hidden, s->hidden, xs + t * x_bytes, s->kind, s->dtype);
+    if (T > 1) {
+#pragma omp for schedule(static)
+      for (int64_t e = 0; e < count; e++)
+        for (int64_t j = 0; j < experts[e].tokens; j++)
+          memcpy(gathered + (at[e] + j) * x_bytes, xs + tokens[experts[e].first + j] * x_bytes,
+                 x_bytes);
+    }
+    for (int64_t c; (c = take(&up_next)) < up_per * count;) {
+      const int64_t e = c / up_per, from = c % up_per * up_chunk;
+      const char *in = T > 1 ? gathered + at[e] * x_bytes : xs;
+      for (int64_t row = from; row < least(from + up_chunk, s->width); row += 16)
+        gate_up(experts + e, s, row, in, x_bytes, hs + at[e] * h_bytes, h_bytes, room);
+    }
+#pragma omp barrier
+    for (int64_t c; (c = take(&down_next)) < down_per * count;) {
+      const int64_t e = c / down_per, from = c % down_per * down_chunk;
+      const int64_t to = least(from + down_chunk, s->hidden);
+      for (int64_t row = from; row < to; row += 16)
+        down(experts + e, s, row, least(16, to - row), hs + at[e] * h_bytes, h_bytes, out, places,
+             room);
+    }
+  }
+  free(memory);
+  return 0;
+}
+
+/* One matrix, as one of the parts of an expert: y[t] = W x[t]. x [n, K], y [n, lines]. */
+int understudy_linear(const struct matrix *m, int64_t lines, int32_t dtype, const char *x, char *y,
+                      int64_t n, int threads) {
+  const int64_t x_bytes = row_bytes(m->k, m->kind, dtype), room_bytes = 16 * n * sizeof(float);
+  char *memory = NULL;
+  if (posix_memalign((void **)&memory, 64, n * x_bytes + threads * room_bytes)) return 1;
+  char *rooms = memory + n * x_bytes;
+  const int64_t size = chunk(m->stride), all = pieces(lines, size);
+  int64_t next = 0, room_next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    float *room = (float *)(rooms + take(&room_next) * room_bytes);
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < n; j++)
+      prepare(x, j * m->k, m->k, memory + j * x_bytes, m->kind, dtype);
+    for (int64_t c; (c = take(&next)) < all;)
+      for (int64_t row = c * size; row < least((c + 1) * size, lines); row += 16) {
+        int64_t now = least(16, lines - row);
+        dot(m, row, now, memory, x_bytes, n, room, wants_bf16(m->kind, dtype));
+        for (int64_t i = 0; i < now; i++)
+          for (int64_t t = 0; t < n; t++) store(y, t * lines + row + i, room[i * n + t], dtype);
+      }
+  }
+  free(memory);
+  return 0;
+}
+
+/* What this build can do, for the card: 1 where bf16 meets bf16 in one instruction. */
+int understudy_has_bf16_dot(void) { return BF16_DOT; }

@@ -1,0 +1,199 @@
+"""Builds `native.c` once per machine and calls it: experts times few tokens, at memory speed.
+
+Knows: the C compiler, the cache of builds, addresses of tensors. Does not know: when the native
+kernel is the right one (`kernels` measures that), which expert this is, or where weights come from.
+
+Where no compiler is, or the build fails, `library()` is ``None`` and `why_not()` says so; torch
+computes instead. A build is keyed by source, compiler and processor, so it is never the wrong one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
+KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "mxfp4": 5}
+
+
+class Shape(ctypes.Structure):
+    """``struct shape`` of native.c: what all experts of one layer have in common."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("stride", ctypes.c_int64 * 2),
+        ("scale_stride", ctypes.c_int64 * 2),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32 * 2),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class Matrix(ctypes.Structure):
+    """``struct matrix`` of native.c."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("k", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )
+
+
+def cache_folder() -> Path:
+    """Where builds and measured choices are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, built now if this machine has none yet; ``None`` where torch must do."""
+    return _load()[0]
+
+
+def why_not() -> str | None:
+    """Why there is no native kernel here; ``None`` where there is one."""
+    return _load()[1]
+
+
+@cache
+def identity() -> str:
+    """Source, compiler and processor in one short word: a stored choice holds for one of these."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or ""
+    version = _output([compiler, "--version"]).split("\n")[0] if compiler else ""
+    parts = (SOURCE.read_text(), " ".join(FLAGS), compiler, version, _processor())
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform()
+    wanted = ("model name", "flags", "Features")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None, "no C compiler (install gcc or clang, or set CC)"
+    if sys.platform == "win32":
+        return None, "not tried on Windows"
+    try:
+        built = _build(compiler)
+        _share_threads()
+        return _declare(ctypes.CDLL(str(built))), None
+    except subprocess.CalledProcessError as e:
+        lines = [line for line in e.stderr.splitlines() if "error" in line] or ["no reason given"]
+        return None, f"{compiler} cannot build it: {lines[0][:160]}"
+    except OSError as e:
+        return None, f"it cannot be loaded: {e}"
+
+
+def _build(compiler: str) -> Path:
+    """The shared object for this machine; two processes may build it at once, one rename wins."""
+    folder = cache_folder() / "kernels"
+    built = folder / f"native-{identity()}.so"
+    if built.exists():
+        return built
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        part, whole = Path(room, "native.o"), Path(room, "native.so")
+        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+        # Not linked with OpenMP: its symbols are those that torch has brought along.
+        link = [] if _openmp() else ["-fopenmp"]
+        _run([compiler, "-shared", *link, str(part), "-o", str(whole), "-lm"])
+        whole.rename(built)
+    return built
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+@cache
+def _openmp() -> str | None:
+    """The OpenMP library that torch has loaded (GNU's, LLVM's and Intel's all speak GNU's)."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    files = {line.split()[-1] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
+    return min((f for f in files if ".so" in f), default=None)
+
+
+def _share_threads() -> None:
+    """Open torch's OpenMP for those who ask for its symbols: one crew of threads, not two."""
+    found = _openmp()
+    if found is not None:
+        ctypes.CDLL(found, mode=ctypes.RTLD_GLOBAL)
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    lib.understudy_swiglu.argtypes = (
+        ctypes.c_char_p, number, pointer, pointer, number, pointer, pointer, pointer, ctypes.c_int,
+    )  # fmt: skip
+    lib.understudy_linear.argtypes = (
+        pointer, number, ctypes.c_int32, pointer, pointer, number, ctypes.c_int,
+    )  # fmt: skip
+    return lib
+
+
+def linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, kind: str, group: int
+) -> torch.Tensor:
+    """x [n, K] times codes [lines, K]: [n, lines] in the dtype of ``x``."""
+    lib = library()
+    assert lib is not None
+    x = x.contiguous()
+    out = torch.empty(len(x), len(codes), dtype=x.dtype)
+    m = Matrix(
+        codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        x.shape[1],
+        row_bytes(codes),
+        0 if scales is None else row_bytes(scales),
+        KINDS[kind],
+        group,
+    )
+    failed = lib.understudy_linear(
+        ctypes.byref(m), len(codes), KINDS[name_of(x.dtype)], x.data_ptr(), out.data_ptr(), len(x),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the inputs of an expert")
+    return out
+
+
+def row_bytes(matrix: torch.Tensor) -> int:
+    return matrix.stride(0) * matrix.itemsize if matrix.ndim > 1 else 0
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
