@@ -18,6 +18,7 @@ import errno
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +76,12 @@ class Arena:
         if nbytes % PAGE:
             raise ValueError("a slot is a whole number of pages")
         self.slots, self.nbytes = slots, nbytes
-        self._map = mmap.mmap(-1, slots * nbytes)
+        # Private: Python's own default is shared memory, which takes no huge pages here, and whose
+        # first pass reads at half the speed.
+        self._map = mmap.mmap(-1, slots * nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         # Through numpy: it exports the buffer, so that the mapping cannot be closed under a tensor
         # (torch.frombuffer does not, and such a tensor would crash the process).
