@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from understudy import frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.checkpoint import Checkpoint, ExpertsModule
@@ -41,6 +42,7 @@ from understudy.policies.residency import Residency
 from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
 
 DEFAULT_CONTEXT = 4096
+COMPILE_BYTES = 1 << 30  # below it a model is quick anyway, and compiling takes seconds
 PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
 
 Dtype = str | torch.dtype
@@ -57,6 +59,7 @@ class Options:
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4
+    frame: str = "auto"  # compiled or eager decoder layers; auto: compiled from 1 GiB on
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
@@ -65,6 +68,8 @@ class Options:
 
     def __post_init__(self) -> None:
         kernels.parse(self.kernel)
+        if self.frame not in ("auto", "compiled", "eager"):
+            raise UnderstudyError(f"unknown frame {self.frame!r}; use auto, compiled or eager")
         for name in ("depth", "io_threads", "prefill_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -219,7 +224,9 @@ class Handle:
         options: Options,
         anatomy: Anatomy,
         choices: Sequence[kernels.Choice],
+        built: frame.Frame | None,
     ) -> None:
+        self.frame = built
         self.runtime, self.plan, self.options, self.anatomy = runtime, plan, options, anatomy
         self.kernels = tuple(dict.fromkeys(choice.name for choice in choices))
         self.closed = False
@@ -239,6 +246,7 @@ class Handle:
             "predictor": o.predictor,
             "depth": o.depth,
             "kernel": ",".join(self.kernels),
+            "frame": "eager" if self.frame is None else f"{self.frame.compiled} layers compiled",
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
             "direct_io": self.runtime.store.disk.direct,
@@ -293,13 +301,32 @@ def load(
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
     runtime, choices = _assemble(anatomy, chosen, plan, model)
+    built = _frame(anatomy, chosen, model, runtime, say)
     guest.attach(model, runtime, anatomy.modules)
-    model.understudy = Handle(runtime, plan, chosen, anatomy, choices)
+    model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built)
     for note in _given_up(asked, chosen, runtime):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
+
+
+def _frame(
+    a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any
+) -> frame.Frame | None:
+    """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
+    if o.frame == "eager" or (o.frame == "auto" and a.checkpoint.nbytes < COMPILE_BYTES):
+        return None
+    say("compiling the decoder layers (once per machine, then read from the cache)")
+    native = any(mlp.native_rows for mlp in runtime.mlps)
+    linears = torch.ops.understudy.linears.default if native else None
+    config, guests = guest.text_config(model.config), guest.guests(model)
+    built = frame.compile_frame(
+        model, config, guests, guest.routers(model, a.modules), linears
+    )
+    for reason in built.eager:
+        say(f"note: eager, not compiled: {reason}")
+    return built
 
 
 def _given_up(asked: Options, o: Options, runtime: Runtime) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from understudy.experts import native
@@ -61,7 +62,7 @@ class ExpertMlp:
         self.swiglu = (
             self.gated
             and self.norm is None
-            and isinstance(self.act, nn.SiLU)
+            and isinstance(self.act, nn.SiLU | SiLUActivation)
             and getattr(self.apply_gate, "__func__", None) is _default_apply_gate
         )
 
@@ -94,7 +95,7 @@ class ExpertMlp:
         return F.linear(x, matrix if matrix.dtype == x.dtype else matrix.to(x.dtype))
 
     def _native(self, x: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-        return native.linear(x, piece, None, native.name_of(piece.dtype), 0)
+        return native.linears(x, [(piece, None)], native.name_of(piece.dtype))[0]
 
     def is_native(self, rows: int, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
         """Whether the native kernel computes ``rows`` tokens in ``dtype``: a matter of shapes and

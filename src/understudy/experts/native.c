@@ -504,28 +504,36 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
   return 0;
 }
 
-/* One matrix, as one of the parts of an expert: y[t] = W x[t]. x [n, K], y [n, lines]. */
-int understudy_linear(const struct matrix *m, int64_t lines, int32_t dtype, const char *x, char *y,
-                      int64_t n, int threads) {
-  const int64_t x_bytes = row_bytes(m->k, m->kind, dtype), room_bytes = 16 * n * sizeof(float);
+/* Matrices of one kind and length that read the same inputs: y[m][t] = W[m] x[t].
+ * x [n, K], y[m] [n, lines[m]]. */
+int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t count, int32_t dtype,
+                       const char *x, char *const *y, int64_t n, int threads) {
+  const int64_t k = all[0].k, x_bytes = row_bytes(k, all[0].kind, dtype);
+  const int64_t room_bytes = 16 * n * (int64_t)sizeof(float);
   char *memory = NULL;
   if (posix_memalign((void **)&memory, 64, n * x_bytes + threads * room_bytes)) return 1;
   char *rooms = memory + n * x_bytes;
-  const int64_t size = chunk(m->stride), all = pieces(lines, size);
-  int64_t next = 0, room_next = 0;
+  const int bf16 = wants_bf16(all[0].kind, dtype);
+  const int64_t size = chunk(all[0].stride);
+  int64_t units = 0, next = 0, room_next = 0;
+  for (int64_t i = 0; i < count; i++) units += pieces(lines[i], size);
 #pragma omp parallel num_threads(threads)
   {
     float *room = (float *)(rooms + take(&room_next) * room_bytes);
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < n; j++)
-      prepare(x, j * m->k, m->k, memory + j * x_bytes, m->kind, dtype);
-    for (int64_t c; (c = take(&next)) < all;)
-      for (int64_t row = c * size; row < least((c + 1) * size, lines); row += 16) {
-        int64_t now = least(16, lines - row);
-        dot(m, row, now, memory, x_bytes, n, room, wants_bf16(m->kind, dtype));
-        for (int64_t i = 0; i < now; i++)
-          for (int64_t t = 0; t < n; t++) store(y, t * lines + row + i, room[i * n + t], dtype);
+    for (int64_t t = 0; t < n; t++) prepare(x, t * k, k, memory + t * x_bytes, all[0].kind, dtype);
+    for (int64_t c; (c = take(&next)) < units;) {
+      int64_t i = 0;
+      for (; c >= pieces(lines[i], size); i++) c -= pieces(lines[i], size);
+      const int64_t to = least((c + 1) * size, lines[i]);
+      for (int64_t row = c * size; row < to; row += 16) {
+        const int64_t now = least(16, to - row);
+        dot(all + i, row, now, memory, x_bytes, n, room, bf16);
+        for (int64_t line = 0; line < now; line++)
+          for (int64_t t = 0; t < n; t++)
+            store(y[i], t * lines[i] + row + line, room[line * n + t], dtype);
       }
+    }
   }
   free(memory);
   return 0;

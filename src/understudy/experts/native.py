@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -159,41 +160,64 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.understudy_swiglu.argtypes = (
         ctypes.c_char_p, number, pointer, pointer, number, pointer, pointer, pointer, ctypes.c_int,
     )  # fmt: skip
-    lib.understudy_linear.argtypes = (
-        pointer, number, ctypes.c_int32, pointer, pointer, number, ctypes.c_int,
+    lib.understudy_linears.argtypes = (
+        pointer, pointer, number, ctypes.c_int32, pointer, pointer, number, ctypes.c_int,
     )  # fmt: skip
     return lib
 
 
-def linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None, kind: str, group: int
-) -> torch.Tensor:
-    """x [n, K] times codes [lines, K]: [n, lines] in the dtype of ``x``."""
+Coded = tuple[torch.Tensor, torch.Tensor | None]  # codes [lines, K] and their scales, if any
+
+
+def linears(x: torch.Tensor, matrices: Sequence[Coded], kind: str, group: int = 0) -> list[torch.Tensor]:
+    """x [n, K] times each matrix: [n, lines] in the dtype of ``x``. The matrices are of one kind,
+    and each line lies in one piece."""
     lib = library()
     assert lib is not None
-    x = x.contiguous()
-    out = torch.empty(len(x), len(codes), dtype=x.dtype)
-    m = Matrix(
-        codes.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        x.shape[1],
-        row_bytes(codes),
-        0 if scales is None else row_bytes(scales),
-        KINDS[kind],
-        group,
-    )
-    failed = lib.understudy_linear(
-        ctypes.byref(m), len(codes), KINDS[name_of(x.dtype)], x.data_ptr(), out.data_ptr(), len(x),
-        torch.get_num_threads(),
+    x, n = x.contiguous(), len(x)
+    outs = [torch.empty(n, len(codes), dtype=x.dtype) for codes, _ in matrices]
+    records, lines = _records(x.shape[1], matrices, kind, group)
+    addresses = (ctypes.c_void_p * len(outs))(*[out.data_ptr() for out in outs])
+    failed = lib.understudy_linears(
+        ctypes.addressof(records), ctypes.addressof(lines), len(outs), KINDS[name_of(x.dtype)],
+        x.data_ptr(), ctypes.addressof(addresses), n, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise MemoryError("no memory for the inputs of an expert")
-    return out
+        raise MemoryError("no memory for the inputs of a matrix")
+    return outs
+
+
+def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[Any, Any]:
+    records = (Matrix * len(matrices))()
+    for record, (codes, scales) in zip(records, matrices, strict=True):
+        record.codes, record.k, record.stride = codes.data_ptr(), k, row_bytes(codes)
+        if scales is not None:
+            record.scales, record.scale_stride = scales.data_ptr(), row_bytes(scales)
+        record.kind, record.group = KINDS[kind], group
+    return records, (ctypes.c_int64 * len(matrices))(*[len(codes) for codes, _ in matrices])
+
+
+# The same as an operator, for compiled code: dense matrices of the dtype of their input.
+_operators = torch.library.Library("understudy", "FRAGMENT")
+_operators.define("linears(Tensor x, Tensor[] weights) -> Tensor[]")
+
+
+def _linears(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return linears(x, [(w, None) for w in weights], name_of(x.dtype))
+
+
+def _linears_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+
+
+_operators.impl("linears", _linears, "CPU")
+_operators.impl("linears", _linears_shapes, "Meta")
 
 
 def row_bytes(matrix: torch.Tensor) -> int:
     return matrix.stride(0) * matrix.itemsize if matrix.ndim > 1 else 0
 
 
+@cache
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -144,10 +144,10 @@ class Runtime:
             batch = self._batch(call, event, plan)
             while errand.todo:
                 with self._lock:
-                    expert, slot = errand.next_ready(interrupts)
-                batch.compute(expert.expert, mlp, self.store.weights(expert, slot))
+                    ready = errand.next_ready(interrupts)
+                batch.compute_many([(x.expert, self.store.weights(x, s)) for x, s in ready], mlp)
                 with self._lock:
-                    errand.computed(expert)
+                    for x, _ in ready: errand.computed(x)
             return batch.sum()
         finally:
             with self._lock:
@@ -213,17 +213,19 @@ class _Errand:
         while True:
             interrupts.check()
             self._start_loads()
-            for i, expert in enumerate(self.todo):
+            got=[]
+            for i, expert in enumerate(list(self.todo)):
                 if expert not in self.pinned:
                     continue  # its load has not started yet
                 if self.director.book.ready(expert):
-                    del self.todo[i]
+                    self.todo.remove(expert)
                     slot = self.director.book.slot(expert)
                     assert slot is not None
-                    return expert, slot.index
+                    got.append((expert, slot.index)); continue
                 error = self.transfer.take_error(expert)
                 if error is not None:
                     raise error
+            if got: return got
             started = time.perf_counter()
             self.transfer.wait(PATIENCE)
             self.stall_seconds += time.perf_counter() - started
