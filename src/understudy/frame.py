@@ -11,8 +11,8 @@ for every layer that looks the same:
 
 The two brackets are opaque operators: they call the cache and the attention function of
 transformers, and the seam. So any cache, any mask and any attention works, and nothing in the
-compiled code depends on how long the text is. inductor keeps its code on disk (TORCHINDUCTOR_CACHE_DIR): a
-second start reads it.
+compiled code depends on how long the text is. inductor keeps its code on disk
+(TORCHINDUCTOR_CACHE_DIR): a second start reads it.
 
 Compiled code rounds less often than eager code, so the frame is part of what fixes the bits: it is
 decided at load, by the model and the machine alone, and is the same for every budget. Each layer is
@@ -43,7 +43,7 @@ ATTENTION = "understudy"  # our name in transformers' AttentionInterface, used w
 TOLERANCE = 0.03  # of the largest number; bf16 code that rounds elsewhere stays well under it
 PROMPT = 4  # tokens before the step that is recorded
 
-_operators = torch.library.Library("understudy", "FRAGMENT")
+_operators: Any = torch.library.Library("understudy", "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators.define("attend(Tensor q, Tensor k, Tensor v, Tensor layer) -> Tensor")
 _operators.define("experts(Tensor x, Tensor ids, Tensor weights, Tensor layer) -> Tensor")
 
@@ -139,7 +139,7 @@ class _Recorder:
         self.current = -1
         self.number: torch.Tensor | None = None
         self.function: Callable[..., Any] | None = None  # transformers' own attention
-        self._routed: Any = None
+        self._routed: tuple[Any, Any] = ((), {})
 
     def attention(self, module: nn.Module, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
         if self.number is not None:
@@ -161,11 +161,12 @@ class _Recorder:
 
     def _same_input(self, x: torch.Tensor) -> tuple[int, ...] | None:
         """The shape in which the router got what the experts get; ``None`` if it got another."""
-        args, kwargs = self._routed or ((), {})
+        args, kwargs = self._routed
         if len(args) != 1 or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
             return None
-        same = args[0].numel() == x.numel() and torch.equal(args[0].reshape(x.shape), x)
-        return tuple(args[0].shape) if same else None
+        read = args[0]
+        same = read.numel() == x.numel() and torch.equal(read.reshape(x.shape), x)
+        return tuple(read.shape) if same else None
 
     @contextmanager
     def watching(self, routers: Sequence[nn.Module | None]) -> Iterator[None]:
@@ -339,8 +340,8 @@ def _compile(graph: Any, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
 
     # One process: a pool of compilers would outlive the load and count against the budget.
     with inductor.patch(compile_threads=1):
-        compiled: Callable[..., Any] = compile_fx(graph, list(example))
-        return compiled
+        compiled: Any = compile_fx(graph, list(example))
+        return compiled  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------- the compiled one
@@ -428,7 +429,8 @@ def _decoder_layers(model: nn.Module, guests: Sequence[Any]) -> list[nn.Module]:
     if len(found) != 1:
         raise NotCompiled("experts in more than one stack of layers")
     try:
-        return list(model.get_submodule(found.pop()))  # type: ignore[arg-type]
+        layers: Any = model.get_submodule(found.pop())
+        return list(layers)
     except AttributeError:
         raise NotCompiled("no list of decoder layers") from None
 

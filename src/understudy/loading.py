@@ -311,9 +311,7 @@ def load(
     return model
 
 
-def _frame(
-    a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any
-) -> frame.Frame | None:
+def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> frame.Frame | None:
     """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
     if o.frame == "eager" or (o.frame == "auto" and a.checkpoint.nbytes < COMPILE_BYTES):
         return None
@@ -321,9 +319,7 @@ def _frame(
     native = any(mlp.native_rows for mlp in runtime.mlps)
     linears = torch.ops.understudy.linears.default if native else None
     config, guests = guest.text_config(model.config), guest.guests(model)
-    built = frame.compile_frame(
-        model, config, guests, guest.routers(model, a.modules), linears
-    )
+    built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), linears)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
     return built

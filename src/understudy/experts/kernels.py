@@ -92,9 +92,7 @@ def _read(file: Path) -> Choice | None:
     return None
 
 
-def _measure_once(
-    file: Path, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype
-) -> Choice:
+def _measure_once(file: Path, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype) -> Choice:
     """Measure, and write it down unless another process was quicker: the first answer holds."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ static inline float total(v16 a) { /* always by halves */
 
 /* exp to about 1 ulp of fp32 without a branch: every lane does the same, wherever it stands */
 static inline v16 exp16(v16 x) {
+  const v16 asked = x;
   for (int i = 0; i < 16; i++) x[i] = x[i] > 88.0f ? 88.0f : x[i] < -87.0f ? -87.0f : x[i];
   v16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds: 1.5 * 2^23 */
   i16 k = __builtin_convertvector(n, i16);
@@ -102,7 +103,9 @@ static inline v16 exp16(v16 x) {
   i16 bits = (k + 127) << 23;
   v16 scale;
   memcpy(&scale, &bits, 64);
-  return p * scale;
+  p *= scale;
+  for (int i = 0; i < 16; i++) p[i] = asked[i] > 88.0f ? INFINITY : p[i];
+  return p;
 }
 
 /* -------------------------------------------------------------- inputs, in the order of weights
@@ -457,6 +460,7 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
     entries += experts[e].tokens;
     if (experts[e].tokens > most) most = experts[e].tokens;
   }
+  const int gather = T > 1 || most > 1; /* else all experts read the one row there is */
   const int64_t room_bytes = 32 * most * (int64_t)sizeof(float);
   char *memory = NULL;
   if (posix_memalign((void **)&memory, 64, (T + entries) * x_bytes + entries * h_bytes +
@@ -478,7 +482,7 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++)
       prepare(x, t * s->hidden, s->hidden, xs + t * x_bytes, s->kind, s->dtype);
-    if (T > 1) {
+    if (gather) {
 #pragma omp for schedule(static)
       for (int64_t e = 0; e < count; e++)
         for (int64_t j = 0; j < experts[e].tokens; j++)
@@ -487,7 +491,7 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
     }
     for (int64_t c; (c = take(&up_next)) < up_per * count;) {
       const int64_t e = c / up_per, from = c % up_per * up_chunk;
-      const char *in = T > 1 ? gathered + at[e] * x_bytes : xs;
+      const char *in = gather ? gathered + at[e] * x_bytes : xs;
       for (int64_t row = from; row < least(from + up_chunk, s->width); row += 16)
         gate_up(experts + e, s, row, in, x_bytes, hs + at[e] * h_bytes, h_bytes, room);
     }

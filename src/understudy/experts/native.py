@@ -169,7 +169,9 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 Coded = tuple[torch.Tensor, torch.Tensor | None]  # codes [lines, K] and their scales, if any
 
 
-def linears(x: torch.Tensor, matrices: Sequence[Coded], kind: str, group: int = 0) -> list[torch.Tensor]:
+def linears(
+    x: torch.Tensor, matrices: Sequence[Coded], kind: str, group: int = 0
+) -> list[torch.Tensor]:
     """x [n, K] times each matrix: [n, lines] in the dtype of ``x``. The matrices are of one kind,
     and each line lies in one piece."""
     lib = library()
@@ -198,7 +200,7 @@ def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[
 
 
 # The same as an operator, for compiled code: dense matrices of the dtype of their input.
-_operators = torch.library.Library("understudy", "FRAGMENT")
+_operators: Any = torch.library.Library("understudy", "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators.define("linears(Tensor x, Tensor[] weights) -> Tensor[]")
 
 

@@ -36,6 +36,7 @@ from understudy.experts.lookahead import Lookahead
 from understudy.experts.store import Store
 from understudy.experts.transfer import TransferQueue
 from understudy.policies.director import Director
+from understudy.policies.residency import State
 
 PATIENCE = 0.2  # seconds between looks at Ctrl-C while a read is slow
 
@@ -145,9 +146,10 @@ class Runtime:
             while errand.todo:
                 with self._lock:
                     ready = errand.next_ready(interrupts)
-                batch.compute_many([(x.expert, self.store.weights(x, s)) for x, s in ready], mlp)
+                batch.compute_many([(e.expert, self.store.weights(e, s)) for e, s in ready], mlp)
                 with self._lock:
-                    for x, _ in ready: errand.computed(x)
+                    for expert, _ in ready:
+                        errand.computed(expert)
             return batch.sum()
         finally:
             with self._lock:
@@ -208,27 +210,32 @@ class _Errand:
             transfer.promote(expert)
         self._start_loads()
 
-    def next_ready(self, interrupts: Deferred) -> tuple[ExpertId, int]:
-        """The first expert of the order that is there, and its slot; sleeps until one is."""
+    def next_ready(self, interrupts: Deferred) -> list[tuple[ExpertId, int]]:
+        """All experts that are there, in order, with their slots; sleeps until one is."""
         while True:
             interrupts.check()
             self._start_loads()
-            got=[]
-            for i, expert in enumerate(list(self.todo)):
-                if expert not in self.pinned:
-                    continue  # its load has not started yet
-                if self.director.book.ready(expert):
-                    self.todo.remove(expert)
-                    slot = self.director.book.slot(expert)
-                    assert slot is not None
-                    got.append((expert, slot.index)); continue
-                error = self.transfer.take_error(expert)
-                if error is not None:
-                    raise error
-            if got: return got
+            ready = self._take_ready()
+            if ready:
+                return ready
             started = time.perf_counter()
             self.transfer.wait(PATIENCE)
             self.stall_seconds += time.perf_counter() - started
+
+    def _take_ready(self) -> list[tuple[ExpertId, int]]:
+        ready, later = [], []
+        for expert in self.todo:
+            slot = self.director.book.slot(expert)
+            if expert in self.pinned:  # else its load has not started yet
+                if slot is not None and slot.state is State.READY:
+                    ready.append((expert, slot.index))
+                    continue
+                error = self.transfer.take_error(expert)
+                if error is not None:
+                    raise error
+            later.append(expert)
+        self.todo = later
+        return ready
 
     def computed(self, expert: ExpertId) -> None:
         self._unpin(expert)

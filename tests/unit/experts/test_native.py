@@ -1,0 +1,214 @@
+"""The native kernel against plain arithmetic, and its promise: a token's bits depend on nobody."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from understudy.experts import native
+from understudy.experts.compute import Batch, ExpertMlp
+from understudy.experts.store import Weights
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no kernel: {native.why_not()}")
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def product(x: torch.Tensor, codes: torch.Tensor, kind: str) -> torch.Tensor:
+    return native.linears(x, [(codes, None)], kind)[0]
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("k", [1, 17, 32, 96, 128, 200, 1024])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+def test_products_of_plain_weights(stored: str, k: int, rows: int) -> None:
+    torch.manual_seed(k + rows)
+    weights = torch.randn(37, k).to(DTYPES[stored])
+    for dtype in (DTYPES[stored], torch.float32):
+        x = torch.randn(rows, k).to(dtype)
+        expected = (x.double() @ weights.double().T).to(dtype)
+        found = product(x, weights, stored)
+        assert (found - expected).abs().max() <= CLOSE[dtype] * expected.abs().max()
+
+
+def test_int8_with_known_numbers() -> None:
+    codes = torch.tensor([[1, -2, 3], [127, 0, -127]], dtype=torch.int8)
+    scales = torch.tensor([0.5, 2.0])
+    x = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, 1.0]])
+    found = native.linears(x, [(codes, scales)], "int8")[0]
+    assert found.tolist() == [[1.0, 0.0], [2.5, 254.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("k", "group"), [(32, 32), (64, 64), (64, 32), (96, 32), (2112, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_int4_weights_as_they_are_packed(
+    dtype: torch.dtype, k: int, group: int, rows: int
+) -> None:
+    torch.manual_seed(k)
+    q = torch.randint(0, 16, (5, k))
+    scales = (torch.rand(5, k // group) + 0.5).half()
+    codes = torch.zeros(5, k // 2, dtype=torch.uint8)
+    for line in range(5):
+        for i in range(k):  # the slow, obvious version of the layout
+            block, at = divmod(i, 32)
+            shift = 0 if at < 16 else 4
+            codes[line, 16 * block + at % 16] |= int(q[line, i]) << shift
+    weights = (q - 8) * scales.float().repeat_interleave(group, 1)
+    x = torch.randn(rows, k).to(dtype)
+    expected = (x.double() @ weights.double().T).to(dtype)
+    found = native.linears(x, [(codes, scales)], "int4", group)[0]
+    assert (found - expected).abs().max() <= CLOSE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [32, 64, 160, 1120])
+def test_mxfp4_weights_as_gpt_oss_stores_them(dtype: torch.dtype, k: int) -> None:
+    torch.manual_seed(k)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    q = torch.randint(0, 16, (5, k))
+    exponents = torch.randint(120, 132, (5, k // 32), dtype=torch.uint8)
+    codes = (q[:, 0::2] | q[:, 1::2] << 4).to(torch.uint8)
+    weights = values[q] * (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
+    x = torch.randn(3, k).to(dtype)
+    expected = (x.double() @ weights.double().T).to(dtype)
+    found = native.linears(x, [(codes, exponents)], "mxfp4", 32)[0]
+    assert (found - expected).abs().max() <= CLOSE[dtype] * expected.abs().max()
+
+
+def test_the_smallest_scale_of_mxfp4_is_not_zero() -> None:
+    codes = torch.full((1, 16), 0x22, dtype=torch.uint8)  # thirty-two ones
+    scales = torch.zeros(1, 1, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((1, 32), 2.0**100, dtype=dtype)
+        assert native.linears(x, [(codes, scales)], "mxfp4", 32)[0].item() == 2.0**-22
+
+
+# ------------------------------------------------------------------------------ whole experts
+
+
+class _Module:
+    """What `ExpertMlp` asks of an Experts module."""
+
+    is_transposed, has_gate, has_post_expert_norm = False, True, False
+
+    def __init__(self) -> None:
+        from transformers.activations import ACT2FN
+        from transformers.integrations.moe import _default_apply_gate
+
+        self.act_fn = ACT2FN["silu"]
+        self._apply_gate = _default_apply_gate.__get__(self)
+
+
+def experts(count: int, hidden: int, width: int, dtype: torch.dtype) -> list[Weights]:
+    torch.manual_seed(count)
+    made = []
+    for _ in range(count):
+        up, down = torch.randn(2 * width, hidden) * 0.2, torch.randn(hidden, width) * 0.2
+        made.append(Weights(gate_up_proj=(up.to(dtype),), down_proj=(down.to(dtype),)))
+    return made
+
+
+def run(
+    x: torch.Tensor, ids: list[list[int]], some: list[Weights], groups: list[list[int]], rows: int
+) -> torch.Tensor:
+    mlp = ExpertMlp(_Module(), native_rows=rows)
+    batch = Batch(x, torch.tensor(ids), torch.ones(len(ids), len(ids[0]), dtype=x.dtype))
+    for group in groups:
+        batch.compute_many([(e, some[e]) for e in group], mlp)
+    return batch.out
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize(("hidden", "width"), [(64, 32), (40, 24), (256, 96)])
+def test_whole_experts_agree_with_torch(dtype: torch.dtype, hidden: int, width: int) -> None:
+    some = experts(4, hidden, width, dtype)
+    x = torch.randn(3, hidden).to(dtype)
+    ids = [[0, 1], [2, 1], [1, 3]]
+    ours = run(x, ids, some, [[0, 1, 2, 3]], rows=8)
+    theirs = run(x, ids, some, [[0, 1, 2, 3]], rows=0)
+    assert (ours - theirs).abs().max() <= 2 * CLOSE[dtype] * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_bits_depend_neither_on_company_nor_on_order_nor_on_threads(dtype: torch.dtype) -> None:
+    some = experts(4, 96, 80, dtype)
+    x = torch.randn(3, 96).to(dtype)
+    ids = [[0, 1], [2, 1], [1, 3]]
+    together = run(x, ids, some, [[0, 1, 2, 3]], rows=8)
+    assert torch.equal(together, run(x, ids, some, [[3], [1], [0], [2]], rows=8))
+    assert torch.equal(together, run(x, ids, some, [[2, 0], [3, 1]], rows=8))
+    alone = [run(x[t : t + 1], [ids[t]], some, [ids[t]], rows=8) for t in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            assert torch.equal(together, run(x, ids, some, [[0, 1, 2, 3]], rows=8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_expert_chosen_twice_by_one_token_fills_both_places() -> None:
+    some = experts(2, 32, 16, torch.float32)
+    x = torch.randn(1, 32)
+    out = run(x, [[1, 1]], some, [[1]], rows=8)
+    assert torch.equal(out[0], out[1]) and out[0].abs().sum() > 0
+
+
+def test_silu_of_every_size_stays_a_number() -> None:
+    """exp must neither overflow nor lose the sign of a large gate."""
+    gates = torch.tensor([-1e30, -100.0, -87.0, -1.0, 0.0, 1.0, 87.0, 100.0, 1e30])
+    for gate in gates.tolist():
+        up = torch.tensor([[gate], [1.0]])
+        some = [Weights(gate_up_proj=(up,), down_proj=(torch.ones(1, 1),))]
+        found = run(torch.ones(1, 1), [[0]], some, [[0]], rows=8).item()
+        expected = torch.nn.functional.silu(torch.tensor(gate)).item()
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-30)
+
+
+def test_records_have_the_size_that_c_expects() -> None:
+    source = Path(native.SOURCE).read_text()
+    assert "const char *codes[3]" in source and "int64_t first, tokens;" in source
+    assert struct.calcsize("6Q2q") == 64
+
+
+# ---------------------------------------------------------------------------------- no compiler
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    native._load.cache_clear()
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert "no C compiler" in (native.why_not() or "")
+        assert ExpertMlp(_Module(), native_rows=8).native_rows == 0
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+        native.library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cc: error: out of coffee' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for cached in (native._load, native.library, native.identity):
+        cached.cache_clear()
+    try:
+        assert native.library() is None
+        assert "out of coffee" in (native.why_not() or "")
+        assert not list(tmp_path.rglob("*.so"))
+    finally:
+        monkeypatch.undo()
+        for cached in (native._load, native.library, native.identity):
+            cached.cache_clear()
