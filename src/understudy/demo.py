@@ -69,7 +69,7 @@ def twin_of(model: Path, bar: Bar) -> Path:
     from understudy.widen import widen
 
     multiple, needed = twin_size(model)
-    twin = cache_folder() / f"{model.name}-{_fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
+    twin = cache_folder() / f"{model.name}-{fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
     if not twin.is_dir():
         check_disk(twin.parent, needed)
         twin.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _fingerprint(model: Path) -> str:
+def fingerprint(model: Path) -> str:
     """Changes when the model is trained again, so that an old twin is never taken for a new one."""
     digest = hashlib.sha256()
     for file in sorted(model.glob("*.safetensors")):

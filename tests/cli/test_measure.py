@@ -118,9 +118,9 @@ def test_no_room_for_the_twin_is_said_before_anything_is_written(
 
 
 def test_a_retrained_model_gets_a_new_twin(models: Path) -> None:
-    before = demo_module._fingerprint(models)
+    before = demo_module.fingerprint(models)
     (models / "model.safetensors").write_bytes(b"trained again")
-    assert demo_module._fingerprint(models) != before
+    assert demo_module.fingerprint(models) != before
 
 
 def test_without_reference_models_the_demo_says_where_they_should_be(

@@ -59,6 +59,8 @@ class Matrix(ctypes.Structure):
 
 def cache_folder() -> Path:
     """Where builds and measured choices are kept."""
+    if named := os.environ.get("UNDERSTUDY_CACHE"):
+        return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy"
 
 
