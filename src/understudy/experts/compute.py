@@ -9,11 +9,14 @@ Row counts are rounded up to a bucket: oneDNN compiles a kernel for every new co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from understudy import formats
+from understudy.core import STORED
 
 Pieces = Sequence[torch.Tensor]
 
@@ -30,9 +33,11 @@ class ExpertMlp:
 
     ``module`` is the module of transformers (its parameters are gone, its activation and flags are
     not). Mirrors `transformers.integrations.moe`: up or gate_up, activation, down, optional norm.
+    ``format``: of the weights; matrices in a quantised one are unpacked once per call.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, format: str = STORED) -> None:
+        self.format = None if format == STORED else formats.get(format)
         self.transposed: bool = module.is_transposed
         self.gated: bool = module.has_gate
         self.act: Callable[[torch.Tensor], torch.Tensor] | None = getattr(module, "act_fn", None)
@@ -50,12 +55,23 @@ class ExpertMlp:
         return out if self.norm is None else self.norm(out)
 
     def _linear(self, x: torch.Tensor, weights: Mapping[str, Pieces], name: str) -> torch.Tensor:
-        parts = [F.linear(x, self._matrix(piece, x.dtype)) for piece in weights[name]]
+        parts = [F.linear(x, matrix) for matrix in self._matrices(weights, name, x.dtype)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         bias = weights.get(f"{name}_bias")
         if bias is None:
             return out
         return out + torch.cat([b.to(x.dtype) for b in bias], dim=-1)
+
+    def _matrices(
+        self, weights: Mapping[str, Pieces], name: str, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
+        """The pieces of a parameter, each [out, in] in the dtype of the computation."""
+        scales = weights.get(f"{name}_scales")
+        if self.format is None or scales is None:
+            yield from (self._matrix(piece, dtype) for piece in weights[name])
+            return
+        for codes, its in zip(weights[name], scales, strict=True):
+            yield self.format.unpack(codes, its, dtype)
 
     def _matrix(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[out, in] in the dtype of the computation; slots hold what is stored."""
