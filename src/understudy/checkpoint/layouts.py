@@ -106,15 +106,15 @@ def _quantised_layouts(
         replace(m, params=_matrices(_shapes(m, scheme.scales_shape)), transposed=False)
         for m in modules
     ]
-    addresses = {
-        name: address.flatten(2) if address.ndim > 3 else address
-        for name, address in _addresses(
-            _renamed(tensors, scheme, scheme.codes, scheme.scales), model, codes, CODE_DTYPE
-        ).items()
-    }
+    addresses = _addresses(
+        _renamed(tensors, scheme, scheme.codes, scheme.scales),
+        model, codes, CODE_DTYPE, scheme.codes,
+    )  # fmt: skip
+    addresses = {n: a.flatten(2) if a.ndim > 3 else a for n, a in addresses.items()}
     of_scales = _addresses(
-        _renamed(tensors, scheme, scheme.scales, scheme.codes), model, scales, CODE_DTYPE
-    )
+        _renamed(tensors, scheme, scheme.scales, scheme.codes),
+        model, scales, CODE_DTYPE, scheme.scales,
+    )  # fmt: skip
     addresses |= {f"{name}_scales": address for name, address in of_scales.items()}
     found = {}
     for module in codes:
@@ -145,7 +145,7 @@ def _renamed(
     for name, info in tensors.items():
         if scheme.plain_name(name, left_out) is None:
             plain = scheme.plain_name(name, kept) or name
-            found[plain] = replace(info, name=plain)
+            found[plain] = info
     return found
 
 
@@ -169,8 +169,10 @@ def _addresses(
     model: Any,
     modules: Sequence[ExpertsModule],
     dtypes: Mapping[str, str] = TORCH_DTYPE,
+    ending: str = "",
 ) -> dict[str, Strided]:
-    """Full name of every expert parameter -> its address, of the right shape."""
+    """Full name of every expert parameter -> its address, of the right shape. ``ending``: what the
+    checkpoint adds to the name of a matrix, for the message that it is missing."""
     wanted = _wanted(modules)
     groups, _ = _collect(tensors, model, wanted)
     experts: dict[str, Strided] = {}
@@ -183,7 +185,9 @@ def _addresses(
             experts[key] = experts[twin]
     for module in modules:
         for key, shape in module.keys().items():
-            _check(key, shape, experts.get(key), groups.get(key), module.num_experts)
+            if key not in experts:
+                raise CheckpointError(_is_missing(key + (ending if len(shape) > 2 else "")))
+            _check(key, shape, experts[key], groups.get(key), module.num_experts)
     return experts
 
 
@@ -329,10 +333,8 @@ def _format(dtype: str) -> str:
 
 
 def _check(
-    key: str, shape: tuple[int, ...], address: Strided | None, group: _Group | None, experts: int
+    key: str, shape: tuple[int, ...], address: Strided, group: _Group | None, experts: int
 ) -> None:
-    if address is None:
-        raise CheckpointError(_is_missing(key))
     if tuple(address.shape) == tuple(shape):
         return
     if group and (missing := _first_missing(group, experts)):

@@ -81,7 +81,7 @@ def _powers() -> torch.Tensor:
 def _nearest(numbers: torch.Tensor) -> torch.Tensor:
     """The code of the nearest value; of two equally near ones that with an even code."""
     middles = torch.tensor([(a + b) / 2 for a, b in pairwise(MAGNITUDES)])
-    size = numbers.abs().double()
+    size = numbers.abs().double().contiguous()
     below = torch.bucketize(size, middles.double())  # a middle itself counts as below ...
     above = torch.bucketize(size, middles.double(), right=True)  # ... and as above
     codes = torch.where(below % 2 == 0, below, above)
