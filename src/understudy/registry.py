@@ -128,6 +128,7 @@ FORMATS = Registry(
         "int8": "understudy.formats.int8:INT8",
         "int4": "understudy.formats.int4:INT4",
         "mxfp4": "understudy.formats.mxfp4:MXFP4",
+        "ct-int4": "understudy.formats.ct_int4:CT_INT4",
     },
     group="understudy.formats",
 )

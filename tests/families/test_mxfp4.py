@@ -139,5 +139,5 @@ def test_other_methods_are_refused_by_name_and_say_what_runs(stored: Path, tmp_p
     for file in stored.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     edit(tmp_path, quantization_config={"quant_method": "awq"})
-    with pytest.raises(QuantizedExperts, match=r"quantised \(awq\).*MXFP4 \(gpt-oss\).*run"):
+    with pytest.raises(QuantizedExperts, match=r"quantised \(awq\).*MXFP4 \(gpt-oss\).* run"):
         understudy.load(tmp_path, memory="1GiB")

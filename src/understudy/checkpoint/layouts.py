@@ -37,7 +37,7 @@ MAX_PIECES = 16  # views per parameter; more means that the bytes lie scattered
 TORCH_DTYPE = MappingProxyType(  # dtypes in which an expert can be computed, safetensors -> torch
     {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 )
-CODE_DTYPE = MappingProxyType({**TORCH_DTYPE, "U8": "uint8", "F8_E8M0": "uint8"})
+CODE_DTYPE = MappingProxyType({**TORCH_DTYPE, "U8": "uint8", "F8_E8M0": "uint8", "I32": "int32"})
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ def _quantised_layouts(
         replace(m, params=_matrices(_shapes(m, scheme.scales_shape)), transposed=False)
         for m in modules
     ]
-    addresses = _addresses(
-        _renamed(tensors, scheme, scheme.codes, scheme.scales),
-        model, codes, CODE_DTYPE, scheme.codes,
-    )  # fmt: skip
+    of_codes = _renamed(tensors, scheme, scheme.codes, scheme.scales)
+    _refuse_quantised_dense(of_codes, model, codes, scheme)
+    addresses = _addresses(of_codes, model, codes, CODE_DTYPE, scheme.codes)
     addresses = {n: a.flatten(2) if a.ndim > 3 else a for n, a in addresses.items()}
     of_scales = _addresses(
         _renamed(tensors, scheme, scheme.scales, scheme.codes),
@@ -119,9 +118,22 @@ def _quantised_layouts(
     found = {}
     for module in codes:
         named = dict(module.params) | {f"{p}_scales": () for p in _matrices(module.params)}
-        for expert, layout in _module_layouts(replace(module, params=named), addresses):
+        stored = replace(module, params=named)
+        for expert, layout in _module_layouts(stored, addresses, unite=False):
             found[expert] = replace(layout, format=scheme.format)
     return found
+
+
+def _refuse_quantised_dense(
+    renamed: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule], scheme: Scheme
+) -> None:
+    """Dense weights are loaded by transformers, which is not told how to read codes."""
+    for info in dense(renamed, model, modules):
+        if scheme.plain_name(info.name, scheme.codes) is not None:
+            raise QuantizedExperts(
+                f"{info.name} is quantised ({scheme.format}) and belongs to no expert, which is"
+                " not supported: use a version of this model that is quantised in its experts only"
+            )
 
 
 def _matrices(params: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -372,15 +384,16 @@ def _first_missing(group: _Group, experts: int) -> str | None:
 
 
 def _module_layouts(
-    module: ExpertsModule, addresses: Mapping[str, Strided]
+    module: ExpertsModule, addresses: Mapping[str, Strided], unite: bool = True
 ) -> Iterator[tuple[ExpertId, ExpertLayout]]:
+    """``unite``: make one piece of neighbours. Not where codes and scales must have as many."""
     rows = {param: addresses[f"{module.name}.{param}"].unbind(0) for param in module.params}
     for expert in range(module.num_experts):
         found = {}
         for param, row in rows.items():
             axis = row[expert].ndim - 1 if module.transposed else 0
             try:
-                found[param] = views_along(row[expert], axis)
+                found[param] = views_along(row[expert], axis, unite)
             except NotAView as e:
                 raise _scattered(module, param, str(e)) from e
             if len(found[param]) > MAX_PIECES:

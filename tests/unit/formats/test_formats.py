@@ -67,8 +67,20 @@ def test_mxfp4_rounds_to_the_nearest_value_and_ties_to_even_codes() -> None:
     assert [x for pair in zip(low, high, strict=True) for x in pair] == [7, 0, 0, 1, 6, 4, 6, 10]
 
 
+def test_ct_int4_by_hand() -> None:
+    """Weights -7..7 in steps of 0.25 and eight in a word, lowest bits first."""
+    row = torch.tensor([0.25 * v for v in (-8, -7, 0, 1, 2, 3, 4, 7)] + [0.0] * 24)
+    words = torch.tensor([[0x0F << 28 | 0xCBA9810 - (1 << 32), *[0x88888888 - (1 << 32)] * 3]])
+    scales = torch.tensor([[0.25]], dtype=torch.bfloat16)
+    unpacked = formats.get("ct-int4").unpack(words.to(torch.int32), scales, torch.float32)
+    assert unpacked.tolist() == [row.tolist()]
+    codes, scales = parts("ct-int4", row[None] * 7.5 / 8)
+    assert codes.tolist() == words.tolist()
+    assert scales.tolist() == [[0.25]]
+
+
 def test_zeros_stay_zeros() -> None:
-    for name in ("int8", "int4", "mxfp4"):
+    for name in ("int8", "int4", "mxfp4", "ct-int4"):
         codes, scales = parts(name, torch.zeros(3, 64))
         assert not scales.any()
         assert not formats.get(name).unpack(codes, scales, torch.float32).any()
@@ -172,13 +184,13 @@ def test_mxfp4_error_is_bounded(shape: tuple[int, int], seed: int, scale: float)
     assert again_codes.equal(codes)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "mxfp4", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "mxfp4", "ct-int4", "bf16", "fp16", "fp32"])
 def test_sizes_are_foretold(name: str) -> None:
     found = formats.get(name)
     for out, inner in ((3, 64), (2, 96), (5, 32)):
         packed = found.pack(matrix(out, inner))
         assert sum(part.nbytes for part in packed.values()) == found.nbytes(out, inner)
-        assert packed[""].nbytes * 8 == out * inner * found.bits
+        assert 8 * packed[""].nbytes == out * inner * found.bits
         back = found.unpack(packed[""], packed.get("_scales"), torch.float32)
         assert back.shape == (out, inner)
 
