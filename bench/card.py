@@ -73,7 +73,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     texts = [[_text(cell) for cell in row] for row in rows]
     widths = [max(len(c), *(len(r[i]) for r in texts), 3) for i, c in enumerate(columns)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)) + " |"]
-    lines.append("|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    lines.append(
+        "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    )
     for row in texts:
         cells = [c.rjust(w) if i else c.ljust(w)
                  for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
@@ -85,7 +87,13 @@ def _text(cell: Any) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, float):
-        return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.1f}" if abs(cell) >= 10 else f"{cell:.2f}"
+        return (
+            f"{cell:.0f}"
+            if abs(cell) >= 100
+            else f"{cell:.1f}"
+            if abs(cell) >= 10
+            else f"{cell:.2f}"
+        )
     return str(cell)
 
 

@@ -40,11 +40,15 @@ class Cell:
         """``fine:33``, ``coarse:ram``."""
         model, _, share = text.partition(":")
         if model not in twins.EXPERTS:
-            raise SystemExit(f"no model {model!r} in cell {text!r}; known: {', '.join(twins.EXPERTS)}")
+            raise SystemExit(
+                f"no model {model!r} in cell {text!r}; known: {', '.join(twins.EXPERTS)}"
+            )
         if share == "ram":
             return cls(model, None)
         if not share.isdigit() or not 1 <= int(share) <= 100:
-            raise SystemExit(f"cell {text!r}: write a percentage or ram behind the colon, as fine:33")
+            raise SystemExit(
+                f"cell {text!r}: write a percentage or ram behind the colon, as fine:33"
+            )
         return cls(model, int(share) / 100)
 
     @property

@@ -36,9 +36,7 @@ class Contestant:
 
 UNDERSTUDY = Contestant("understudy", "understudy")
 NO_PREFETCH = Contestant("understudy-noprefetch", "understudy", options={"predictor": "none"})
-LLAMA = {
-    f: Contestant(f"llama.cpp-{f}", "llama", f, {"gguf": f}) for f in ("bf16", "q8_0", "q4_0")
-}
+LLAMA = {f: Contestant(f"llama.cpp-{f}", "llama", f, {"gguf": f}) for f in ("bf16", "q8_0", "q4_0")}
 PACKED = {f: Contestant(f"understudy-{f}", "understudy", f, {"pack": f}) for f in ("int8", "int4")}
 ACCELERATE = Contestant("accelerate", "accelerate")
 TRANSFORMERS = Contestant("transformers", "transformers")

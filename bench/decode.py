@@ -84,7 +84,9 @@ def main() -> None:
     a = arguments()
     if a.smoke:
         a.repeats, a.prompt, a.new = min(a.repeats, 2), min(a.prompt, 64), min(a.new, 16)
-    cells = [Cell.parse(c) for c in (a.cells or ("fine:ram,fine:33" if a.smoke else CELLS)).split(",")]
+    cells = [
+        Cell.parse(c) for c in (a.cells or ("fine:ram,fine:33" if a.smoke else CELLS)).split(",")
+    ]
     facts = {"prompt": f"{a.prompt} tokens of real text", "answer": f"{a.new} tokens",
              "rounds": f"{a.repeats} counted, alternating"}  # fmt: skip
     if not a.json:

@@ -85,8 +85,12 @@ def cached_share(files: Sequence[Path]) -> float:
         if not size:
             continue
         count = -(-size // mmap.PAGESIZE)
-        with file.open("rb") as f, mmap.mmap(f.fileno(), size, flags=mmap.MAP_PRIVATE,
-                                             prot=mmap.PROT_READ | mmap.PROT_WRITE) as view:
+        with (
+            file.open("rb") as f,
+            mmap.mmap(
+                f.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            ) as view,
+        ):
             anchor = ctypes.c_char.from_buffer(view)
             seen = (ctypes.c_ubyte * count)()
             if libc.mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), seen):

@@ -63,7 +63,7 @@ class NotInThisModel(UnderstudyError):
 
 # ------------------------------------------------------------------------------------- the experts
 
-STORED = "stored"  # the only format so far: the bytes as they lie in the checkpoint
+STORED = "stored"  # the format of experts whose numbers are bf16, fp16 or fp32
 
 
 class ExpertId(NamedTuple):
@@ -118,10 +118,14 @@ class ExpertLayout:
     ``reads``: the byte ranges to fetch, adjacent ones merged, in file order. ``params``: the name
     of the module's parameter ("gate_up_proj", "down_proj", "up_proj", "..._bias") -> its pieces, in
     order along the *output* axis (one piece when it lies contiguous, else e.g. gate, then up).
+    ``format``: where it is not `STORED`, a matrix is the codes of that weight format under its own
+    name and the scales under that name and "_scales", both of a matrix ``[out, in]`` whatever the
+    module's orientation.
     """
 
     reads: tuple[ByteRange, ...]
     params: Mapping[str, tuple[Piece, ...]]
+    format: str = STORED
 
     @property
     def nbytes(self) -> int:

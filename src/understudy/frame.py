@@ -61,8 +61,9 @@ class _Site:
     """What one decoder layer did in the recorded eager step.
 
     ``attention``, ``attend``, ``attend_kwargs``: its module, transformers' function, and what that
-    was called with beside q, k, v and mask; ``plain``: nothing but softmax. ``experts``: its Experts module, if it has one, whose
-    router reads what the experts read, in ``router_shape``. ``args``: of the layer's forward.
+    was called with beside q, k, v and mask; ``plain``: nothing but softmax. ``experts``: its
+    Experts module, if it has one, whose router reads what the experts read, in ``router_shape``.
+    ``args``: of the layer's forward.
     """
 
     args: tuple[Any, ...] = ()
@@ -122,7 +123,7 @@ def _append(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``cache.update`` for one token. transformers' growing cache copies all it holds for every
     token; here it grows by `ROOM` tokens at a time, and its tensors are views of what it has."""
-    layer = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
+    layer: Any = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
     if type(layer) is not DynamicLayer or not layer.is_initialized or not layer.keys.numel():
         keys, values = cache.update(k, v, index)
         return keys, values
@@ -131,7 +132,7 @@ def _append(
 
 
 def _grown(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """[B, h, n, d] and [B, h, 1, d] -> [B, h, n + 1, d], in place if ``held`` has room behind it."""
+    """[B, h, n, d] and [B, h, 1, d] -> [B, h, n + 1, d], in place if there is room behind."""
     n = held.shape[2]
     whole = getattr(held, "understudy_room", None)
     if whole is None or whole.shape[2] == n or whole.data_ptr() != held.data_ptr():

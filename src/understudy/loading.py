@@ -12,16 +12,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from understudy import frame
+from understudy import formats, frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.checkpoint import Checkpoint, ExpertsModule
 from understudy.core import (
+    STORED,
     ContextTooLong,
     Counters,
     ExpertId,
@@ -100,6 +102,29 @@ class Anatomy:
         return self.checkpoint.path.name
 
     @property
+    def lossy(self) -> bool:
+        """Whether the experts are in a format that has lost something."""
+        return not formats.is_exact(self.checkpoint.format)
+
+    @property
+    def delta_nll(self) -> float | None:
+        """Nats per token that the format was measured to cost; ``None``: nothing, or unmeasured."""
+        manifest = self.checkpoint.manifest
+        quality = manifest.quality if manifest is not None else None
+        return float(quality["delta_nll"]) if quality else None
+
+    def format_in_words(self) -> str:
+        """For the plan: what the experts are in, where that is not plain numbers."""
+        name = self.checkpoint.format
+        if name == STORED:
+            return ""
+        if not self.lossy:
+            return f"experts in {name}, as stored"
+        delta = self.delta_nll
+        known = "unmeasured" if delta is None else f"delta NLL {delta:+.4f} per token when packed"
+        return f"experts in {name}: LOSSY, {known}"
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of the largest expert."""
         return max(layout.nbytes for layout in self.layouts.values())
@@ -163,6 +188,9 @@ class Inspection:
     context: int
     smallest_memory: int
     recommended_memory: int
+    format: str
+    lossy: bool
+    delta_nll: float | None
 
 
 def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection:
@@ -196,6 +224,9 @@ def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection
         recommended_memory=planning.recommended_bytes(
             fixed, slot, len(a.layouts), len(a.modules), top_k
         ),
+        format=a.checkpoint.format,
+        lossy=a.lossy,
+        delta_nll=a.delta_nll,
     )
 
 
@@ -208,7 +239,16 @@ def _activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype)
     width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
     per_token = (12 + 2 * k) * hidden + 3 * width
     tokens = min(options.prefill_chunk_size or context, context)
-    return tokens * per_token * max(4, dtype.itemsize)
+    return tokens * per_token * max(4, dtype.itemsize) + _unpacking(a, dtype)
+
+
+def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:
+    """Working memory in which the largest matrix of a quantised expert is unpacked: its numbers
+    in ``dtype``, and twice in the precision they are worked out in."""
+    if a.checkpoint.format == STORED:
+        return 0
+    largest = max(prod(s[1:]) for m in a.modules for s in m.params.values())
+    return largest * (dtype.itemsize + 2 * formats.wide_enough(dtype).itemsize)
 
 
 # ----------------------------------------------------------------------------------- loading
@@ -238,8 +278,8 @@ class Handle:
 
     @property
     def policies(self) -> dict[str, Any]:
-        """Names of the policies, whether speculation is on now, what look-ahead cannot see, and
-        what was given up on this model or disk (chunked prefill, direct I/O)."""
+        """Names of the policies, whether speculation is on now, what look-ahead cannot see, what
+        was given up on this model or disk (chunked prefill, direct I/O), and the weight format."""
         o = self.options
         return {
             "evictor": o.evictor,
@@ -251,6 +291,8 @@ class Handle:
             "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
             "direct_io": self.runtime.store.disk.direct,
             "prefill_chunk_size": o.prefill_chunk_size,
+            "format": self.anatomy.checkpoint.format,
+            "lossy": self.anatomy.lossy,
         }
 
     @property
@@ -358,6 +400,7 @@ def _fit(
         predictors=_predictor(a, o).nbytes,
         slots=o.slots,
         name=a.name,
+        format_in_words=a.format_in_words(),
     )
 
 
@@ -421,7 +464,7 @@ def _assemble(
 
 def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
     """One per MoE layer, each with the kernel that its layout asks for."""
-    mlps = [ExpertMlp(module) for module in guest.guests(model)]
+    mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
     choices = []
     for layer, mlp in enumerate(mlps):
         layout = next(found for expert, found in a.layouts.items() if expert.layer == layer)

@@ -113,6 +113,7 @@ class Plan:
     context: int
     expert_bytes: int
     tokens_per_second: float | None = None  # expected, None: nobody has measured the disk
+    format_in_words: str = ""  # what the experts are in, where a person should be told
 
     @property
     def used(self) -> int:
@@ -133,11 +134,13 @@ class Plan:
             f"KV {shown_size(self.kv)} for {self.context} tokens",
             f"{shown_size(self.used)} of {shown_size(self.total)} used",
         ]
+        if self.format_in_words:
+            parts.insert(1, self.format_in_words)
         if self.tokens_per_second is not None:
             parts.append(f"expected about {_rounded(self.tokens_per_second)} tokens/s")
         return ", ".join(parts)
 
-    def as_dict(self) -> dict[str, int | float | None]:
+    def as_dict(self) -> dict[str, int | float | str | None]:
         return {**asdict(self), "used": self.used}
 
 
@@ -160,6 +163,7 @@ def fit(
     predictors: int = 0,
     slots: int | None = None,
     name: str = "this model",
+    format_in_words: str = "",
 ) -> Plan:
     """Divide ``total``: what must be resident first, all that is left becomes slots.
 
@@ -191,6 +195,7 @@ def fit(
         experts=experts,
         context=context,
         expert_bytes=expert_bytes or slot_bytes,
+        format_in_words=format_in_words,
     )
 
 

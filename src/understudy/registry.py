@@ -118,3 +118,17 @@ ROUTES = Registry(
     {"as-routed": "understudy.policies.route:AsRouted"},
     group="understudy.routes",
 )
+
+FORMATS = Registry(
+    "weight format",
+    {
+        "bf16": "understudy.formats.stored:BF16",
+        "fp16": "understudy.formats.stored:FP16",
+        "fp32": "understudy.formats.stored:FP32",
+        "int8": "understudy.formats.int8:INT8",
+        "int4": "understudy.formats.int4:INT4",
+        "mxfp4": "understudy.formats.mxfp4:MXFP4",
+        "ct-int4": "understudy.formats.ct_int4:CT_INT4",
+    },
+    group="understudy.formats",
+)

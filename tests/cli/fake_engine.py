@@ -173,6 +173,9 @@ class Inspection:
     context: int = CONTEXT
     smallest_memory: int = DENSE + KV + 2 * SLOT_BYTES
     recommended_memory: int = DENSE + KV + 8 * SLOT_BYTES
+    format: str = "stored"
+    lossy: bool = False
+    delta_nll: float | None = None
 
 
 def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection:

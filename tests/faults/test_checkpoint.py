@@ -169,7 +169,7 @@ def test_no_weights(folder: Path) -> None:
     assert "safetensors format" in refusal(CheckpointError, Checkpoint.open, folder)
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq"])
+@pytest.mark.parametrize("method", ["awq", "fp8", "gptq"])
 def test_quantised_by_config(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method})
     text = refusal(QuantizedExperts, Checkpoint.open, folder)

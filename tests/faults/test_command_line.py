@@ -142,3 +142,45 @@ def test_the_answer_on_the_command_line_is_that_of_transformers(
     code, out, _ = run("run", speaking_model, "hello", "-n", "12", "--memory", "60%", "--json")
     assert code == 0
     assert json.loads(out.splitlines()[-1])["text"] == tokenizer.decode(expected)
+
+
+# ------------------------------------------------------------------------------------- packing
+
+
+def test_pack_says_what_it_costs_and_the_result_runs(
+    run: Run, speaking_model: Path, tmp_path: Path
+) -> None:
+    target, text = tmp_path / "small", tmp_path / "text.txt"
+    text.write_text("Some words to measure on. " * 10)
+    code, out, err = run(
+        "pack", speaking_model, "--format", "int4", "-o", target, "--text", text,
+        "--memory", "1GiB", "--json",
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(out.splitlines()[-1])
+    assert result["lossy"] is True
+    assert result["quality"]["tokens"] == 259
+    assert "int4 is LOSSY: on 259 tokens NLL" in err
+    code, out, err = run("run", target, "Some words", "-n", "4", "--memory", "1GiB")
+    assert code == 0
+    assert "experts in int4: LOSSY, delta NLL" in err
+    assert "lossy" in run("inspect", target)[1]
+    assert "what was packed" in run("pack", target, "--verify")[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "cure"),
+    [
+        ((), "--format int8 or --format int4"),
+        (("--format", "int5"), "one of int8, int4"),
+        (("--format", "int8", "-o", "."), "name another with -o"),
+        (("--format", "int8", "--text", "nowhere.txt"), "cannot read nowhere.txt"),
+        (("--verify",), "not made by `understudy pack`"),
+    ],
+)
+def test_mistakes_in_packing(
+    run: Run, speaking_model: Path, options: tuple[str, ...], cure: str
+) -> None:
+    assert cure in complaint(run("pack", speaking_model, *options))
+    assert not list(speaking_model.parent.glob(f"{speaking_model.name}-*"))
+    assert not list(speaking_model.parent.glob(".*.partial"))

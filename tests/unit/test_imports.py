@@ -20,7 +20,7 @@ FLOORS: list[list[set[str]]] = [
     [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}],
     [{"experts"}, {"model", "families", "frame"}],
     [{"simulate"}, {"plan"}],
-    [{"engine", "loading", "evaluate"}],
+    [{"engine", "loading", "evaluate", "packing"}],
     [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],
 ]
 

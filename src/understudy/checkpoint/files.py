@@ -12,19 +12,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from understudy.core import CheckpointError, QuantizedExperts, UnsupportedFamily
+from understudy.core import CheckpointError, UnsupportedFamily
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers too
 MAX_AXES = 16
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")  # all but the weights
+MANIFEST = "understudy.json"  # of a folder that `understudy pack` wrote; its experts are in
+EXPERTS = "experts.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 
 BITS = MappingProxyType(  # every dtype name of the safetensors format -> bits per element
@@ -83,10 +86,11 @@ def _download(repo: str) -> Path:
     repositories hold the same weights twice."""
     from huggingface_hub import snapshot_download
 
-    side_files = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
     try:
-        path = Path(snapshot_download(repo, allow_patterns=side_files))
+        path = Path(snapshot_download(repo, allow_patterns=list(SIDE_FILES)))
         shards = _shard_names(path) if (path / INDEX).is_file() else [ONE_FILE]
+        if (path / MANIFEST).is_file():
+            shards.append(EXPERTS)
         return Path(snapshot_download(repo, allow_patterns=shards))
     except CheckpointError:
         raise
@@ -114,15 +118,15 @@ def _why_not(error: Exception) -> str:
 # -------------------------------------------------------------------------------- read the folder
 
 
-def read_config(path: Path) -> Any:
-    """The transformers configuration of the folder; quantised checkpoints are refused here."""
+def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The transformers configuration of the folder, and config.json as it is written."""
     from transformers import AutoConfig
 
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} has no config.json: give the folder of a transformers checkpoint"
         )
-    raw = _read_json(path / "config.json")
+    raw = read_json(path / "config.json")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type: download it again")
     try:
@@ -135,25 +139,13 @@ def read_config(path: Path) -> Any:
             f"transformers cannot read {path / 'config.json'} (model_type "
             f"{raw['model_type']!r}): {_one_line(e)}; {cure}"
         ) from e
-    _refuse_quantized(path, raw)
-    return config
+    return config, raw
 
 
 def _is_known(model_type: str) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return model_type in CONFIG_MAPPING_NAMES
-
-
-def _refuse_quantized(path: Path, raw: Mapping[str, Any]) -> None:
-    for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "?") if isinstance(found, dict) else "?"
-            raise QuantizedExperts(
-                f"{path} is quantised ({method}), which is not supported yet: use the bf16 or fp16"
-                " version of this model"
-            )
 
 
 def read_tensors(path: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
@@ -191,7 +183,7 @@ def _no_safetensors(path: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    raw = _read_json(path / INDEX)
+    raw = read_json(path / INDEX)
     shards = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{path / INDEX} has no weight_map: download it again")
@@ -207,7 +199,7 @@ def _shard_names(path: Path) -> list[str]:
     return sorted(set(_read_index(path).values()))
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as e:

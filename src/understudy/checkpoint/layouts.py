@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from understudy.checkpoint.files import BITS, TensorInfo
+from understudy.checkpoint.quantized import SUPPORTED, Scheme
 from understudy.checkpoint.strided import NotAView, Strided, View, views_along
 from understudy.core import (
     ByteRange,
@@ -36,6 +37,7 @@ MAX_PIECES = 16  # views per parameter; more means that the bytes lie scattered
 TORCH_DTYPE = MappingProxyType(  # dtypes in which an expert can be computed, safetensors -> torch
     {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 )
+CODE_DTYPE = MappingProxyType({**TORCH_DTYPE, "U8": "uint8", "F8_E8M0": "uint8", "I32": "int32"})
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ class _Group:
 
 
 def layouts(
-    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
+    tensors: Mapping[str, TensorInfo],
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    scheme: Scheme | None = None,
 ) -> dict[ExpertId, ExpertLayout]:
     """The byte ranges of every expert of ``modules``. See `Checkpoint.layouts`."""
     if not modules:
@@ -78,12 +83,82 @@ def layouts(
             f"{type(model).__name__} has no experts modules, so it is not a Mixture-of-Experts"
             " model this engine can run: load it with transformers itself"
         )
+    if scheme is not None:
+        return _quantised_layouts(tensors, model, modules, scheme)
     addresses = _addresses(tensors, model, modules)
     return {
         expert: layout
         for module in modules
         for expert, layout in _module_layouts(module, addresses)
     }
+
+
+def _quantised_layouts(
+    tensors: Mapping[str, TensorInfo],
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    scheme: Scheme,
+) -> dict[ExpertId, ExpertLayout]:
+    """As if there were two plain checkpoints, one whose matrices are the codes and one whose
+    matrices are the scales: the same rules lead to both."""
+    codes = [replace(m, params=_shapes(m, scheme.codes_shape), transposed=False) for m in modules]
+    scales = [
+        replace(m, params=_matrices(_shapes(m, scheme.scales_shape)), transposed=False)
+        for m in modules
+    ]
+    of_codes = _renamed(tensors, scheme, scheme.codes, scheme.scales)
+    _refuse_quantised_dense(of_codes, model, codes, scheme)
+    addresses = _addresses(of_codes, model, codes, CODE_DTYPE, scheme.codes)
+    addresses = {n: a.flatten(2) if a.ndim > 3 else a for n, a in addresses.items()}
+    of_scales = _addresses(
+        _renamed(tensors, scheme, scheme.scales, scheme.codes),
+        model, scales, CODE_DTYPE, scheme.scales,
+    )  # fmt: skip
+    addresses |= {f"{name}_scales": address for name, address in of_scales.items()}
+    found = {}
+    for module in codes:
+        named = dict(module.params) | {f"{p}_scales": () for p in _matrices(module.params)}
+        stored = replace(module, params=named)
+        for expert, layout in _module_layouts(stored, addresses, unite=False):
+            found[expert] = replace(layout, format=scheme.format)
+    return found
+
+
+def _refuse_quantised_dense(
+    renamed: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule], scheme: Scheme
+) -> None:
+    """Dense weights are loaded by transformers, which is not told how to read codes."""
+    for info in dense(renamed, model, modules):
+        if scheme.plain_name(info.name, scheme.codes) is not None:
+            raise QuantizedExperts(
+                f"{info.name} is quantised ({scheme.format}) and belongs to no expert, which is"
+                " not supported: use a version of this model that is quantised in its experts only"
+            )
+
+
+def _matrices(params: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in params.items() if len(shape) > 2}
+
+
+def _shapes(module: ExpertsModule, stored: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes in which the module's parameters lie, ``stored``: those of a matrix [out, in]."""
+    found = dict(module.params)
+    for name, (experts, *rows) in _matrices(module.params).items():
+        out, inner = reversed(rows) if module.transposed else rows
+        found[name] = (experts, *stored(out, inner))
+    return found
+
+
+def _renamed(
+    tensors: Mapping[str, TensorInfo], scheme: Scheme, kept: str, left_out: str
+) -> dict[str, TensorInfo]:
+    """Tensors with the ending ``kept`` under the name that a plain checkpoint gives them."""
+    found = {}
+    for name, info in tensors.items():
+        if scheme.plain_name(name, left_out) is None:
+            plain = scheme.plain_name(name, kept) or name
+            found[plain] = info
+    return found
 
 
 def dense(
@@ -102,22 +177,29 @@ def _wanted(modules: Sequence[ExpertsModule]) -> dict[str, tuple[int, ...]]:
 
 
 def _addresses(
-    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
+    tensors: Mapping[str, TensorInfo],
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    dtypes: Mapping[str, str] = TORCH_DTYPE,
+    ending: str = "",
 ) -> dict[str, Strided]:
-    """Full name of every expert parameter -> its address, of the right shape."""
+    """Full name of every expert parameter -> its address, of the right shape. ``ending``: what the
+    checkpoint adds to the name of a matrix, for the message that it is missing."""
     wanted = _wanted(modules)
     groups, _ = _collect(tensors, model, wanted)
     experts: dict[str, Strided] = {}
     guest = _Guest(model, wanted)
     for target, group in groups.items():
-        found = _convert(target, group, guest)
+        found = _convert(target, group, guest, dtypes)
         experts |= {key: address for key, address in found.items() if key in wanted}
     for key, twin in _tied(model, wanted).items():
         if key not in experts and twin in experts:
             experts[key] = experts[twin]
     for module in modules:
         for key, shape in module.keys().items():
-            _check(key, shape, experts.get(key), groups.get(key), module.num_experts)
+            if key not in experts:
+                raise CheckpointError(_is_missing(key + (ending if len(shape) > 2 else "")))
+            _check(key, shape, experts[key], groups.get(key), module.num_experts)
     return experts
 
 
@@ -206,15 +288,17 @@ class _Guest:
         return self._model.get_parameter(name)
 
 
-def _convert(target: str, group: _Group, guest: _Guest) -> dict[str, Strided]:
+def _convert(
+    target: str, group: _Group, guest: _Guest, dtypes: Mapping[str, str]
+) -> dict[str, Strided]:
     """Run the group's operations on addresses: parameter name -> its address."""
     if group.converter is None:
         ((info,),) = group.sources.values()
-        return {target: _address(info)}
+        return {target: _address(info, dtypes)}
     converter = deepcopy(group.converter)
     for pattern, infos in group.sources.items():
         for info in infos:
-            converter.add_tensor(target, info.name, pattern, _address(info))
+            converter.add_tensor(target, info.name, pattern, _address(info, dtypes))
     try:
         found: dict[str, Strided] = converter.convert(target, model=guest, config=guest.config)
         return found
@@ -230,11 +314,12 @@ def _convert(target: str, group: _Group, guest: _Guest) -> dict[str, Strided]:
         ) from e
 
 
-def _address(info: TensorInfo) -> View:
-    if info.dtype not in TORCH_DTYPE:
+def _address(info: TensorInfo, dtypes: Mapping[str, str]) -> View:
+    if info.dtype not in dtypes:
         raise QuantizedExperts(
             f"expert tensor {info.name!r} is stored as {_format(info.dtype)}, which is not"
-            " supported yet: use the bf16 or fp16 version of this model"
+            " supported: use the bf16 or fp16 version of this model; of quantised ones"
+            f" {SUPPORTED} run"
         )
     itemsize = BITS[info.dtype] // 8
     if info.offset % itemsize:
@@ -242,7 +327,7 @@ def _address(info: TensorInfo) -> View:
             f"expert tensor {info.name!r} lies at byte {info.offset}, not a multiple of its"
             f" {itemsize}-byte elements: re-save the model with save_pretrained() of transformers"
         )
-    dtype = TORCH_DTYPE[info.dtype]
+    dtype = dtypes[info.dtype]
     return View.whole(info.file, info.offset, itemsize, dtype, info.shape)
 
 
@@ -260,10 +345,8 @@ def _format(dtype: str) -> str:
 
 
 def _check(
-    key: str, shape: tuple[int, ...], address: Strided | None, group: _Group | None, experts: int
+    key: str, shape: tuple[int, ...], address: Strided, group: _Group | None, experts: int
 ) -> None:
-    if address is None:
-        raise CheckpointError(_is_missing(key))
     if tuple(address.shape) == tuple(shape):
         return
     if group and (missing := _first_missing(group, experts)):
@@ -301,15 +384,16 @@ def _first_missing(group: _Group, experts: int) -> str | None:
 
 
 def _module_layouts(
-    module: ExpertsModule, addresses: Mapping[str, Strided]
+    module: ExpertsModule, addresses: Mapping[str, Strided], unite: bool = True
 ) -> Iterator[tuple[ExpertId, ExpertLayout]]:
+    """``unite``: make one piece of neighbours. Not where codes and scales must have as many."""
     rows = {param: addresses[f"{module.name}.{param}"].unbind(0) for param in module.params}
     for expert in range(module.num_experts):
         found = {}
         for param, row in rows.items():
             axis = row[expert].ndim - 1 if module.transposed else 0
             try:
-                found[param] = views_along(row[expert], axis)
+                found[param] = views_along(row[expert], axis, unite)
             except NotAView as e:
                 raise _scattered(module, param, str(e)) from e
             if len(found[param]) > MAX_PIECES:

@@ -308,15 +308,15 @@ def views(tensor: Strided) -> Iterator[View]:
         yield tensor
 
 
-def views_along(tensor: Strided, axis: int) -> list[View]:
+def views_along(tensor: Strided, axis: int, unite: bool = True) -> list[View]:
     """The views that give ``tensor`` when concatenated along ``axis``, neighbours united."""
     if isinstance(tensor, View):
         return [tensor]
     if not isinstance(tensor, Joined) or tensor.axis != axis:
         raise NotAView("parts joined along two axes")
     united: list[View] = []
-    for view in (v for part in tensor.parts for v in views_along(part, axis)):
-        if united and _continues(united[-1], view, axis):
+    for view in (v for part in tensor.parts for v in views_along(part, axis, unite)):
+        if unite and united and _continues(united[-1], view, axis):
             shape = [*view.shape]
             shape[axis] += united[-1].shape[axis]
             united[-1] = united[-1]._with(shape, united[-1].strides)

@@ -6,9 +6,13 @@ Knows: how facts are laid out. Does not know: how they are found.
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from understudy.cli import screen, session
 from understudy.cli.options import Json, MaxContext, Model
+
+if TYPE_CHECKING:
+    from understudy.engine import Inspection
 
 
 def inspect(model: Model, *, max_context: MaxContext = None, json: Json = False) -> None:
@@ -24,6 +28,7 @@ def inspect(model: Model, *, max_context: MaxContext = None, json: Json = False)
         "family": f"{found.family} ({found.architecture})",
         "layers": f"{found.layers}, {found.moe_layers} of them with experts",
         "experts": f"{experts} in all, top-{found.top_k}",
+        "format": _format(found),
         "one expert": shown_size(found.expert_bytes),
         "all experts": shown_size(found.experts * found.expert_bytes),
         "dense": shown_size(found.dense_bytes),
@@ -35,6 +40,14 @@ def inspect(model: Model, *, max_context: MaxContext = None, json: Json = False)
     screen.show(screen.facts(rows), json_too=json)
     if json:
         screen.write_json({"model": model, **asdict(found)})
+
+
+def _format(found: Inspection) -> str:
+    """The weight format, and what it costs."""
+    if not found.lossy:
+        return found.format
+    delta = "unmeasured" if found.delta_nll is None else f"delta NLL {found.delta_nll:+.4f}"
+    return f"{found.format} (lossy, {delta})"
 
 
 def families(*, json: Json = False) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
+from understudy import formats
+from understudy.core import STORED
 from understudy.experts import native
 from understudy.experts.store import Weights
 
@@ -47,10 +49,12 @@ class ExpertMlp:
 
     ``module`` is the module of transformers (its parameters are gone, its activation and flags are
     not). Mirrors `transformers.integrations.moe`: up or gate_up, activation, down, optional norm.
-    ``native_rows``: up to how many tokens of an expert the native kernel is used (0: never).
+    ``format``: of the weights. ``native_rows``: up to how many tokens of an expert the native
+    kernel is used (0: never); the torch kernel unpacks a quantised matrix once per call.
     """
 
-    def __init__(self, module: Any, native_rows: int = 0) -> None:
+    def __init__(self, module: Any, format: str = STORED, native_rows: int = 0) -> None:
+        self.format = None if format == STORED else formats.get(format)
         self.transposed: bool = module.is_transposed
         self.gated: bool = module.has_gate
         self.act: Callable[[torch.Tensor], torch.Tensor] | None = getattr(module, "act_fn", None)
@@ -82,20 +86,39 @@ class ExpertMlp:
         self, x: torch.Tensor, weights: Mapping[str, Pieces], name: str, few: bool
     ) -> torch.Tensor:
         multiply = self._native if few else self._torch
-        parts = [multiply(x, piece) for piece in weights[name]]
+        parts = [multiply(x, codes, scales) for codes, scales in _coded(weights, name)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         bias = weights.get(f"{name}_bias")
         if bias is None:
             return out
         return out + torch.cat([b.to(x.dtype) for b in bias], dim=-1)
 
-    def _torch(self, x: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-        """[out, in] in the dtype of the computation; slots hold what is stored."""
-        matrix = piece.T if self.transposed else piece
+    def _torch(
+        self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.format is not None and scales is not None:
+            return F.linear(x, self.format.unpack(codes, scales, x.dtype))
+        matrix = codes.T if self.transposed else codes
         return F.linear(x, matrix if matrix.dtype == x.dtype else matrix.to(x.dtype))
 
-    def _native(self, x: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-        return native.linears(x, [(piece, None)], native.name_of(piece.dtype))[0]
+    def _native(
+        self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        kind, group = self._kind(codes, scales)
+        return native.linears(x, [(codes, scales)], kind, group)[0]
+
+    def _kind(self, codes: torch.Tensor, scales: torch.Tensor | None) -> tuple[str, int]:
+        """How the native kernel calls this, and how many weights share a scale (0: all)."""
+        if self.format is None or scales is None:
+            return native.name_of(codes.dtype), 0
+        per_line = scales.shape[1] if scales.ndim > 1 else 0
+        return self.format.name, self._inner(codes) // per_line if per_line else 0
+
+    def _inner(self, codes: torch.Tensor) -> int:
+        """K, the length of a line in weights."""
+        if self.format is None:
+            return codes.shape[0 if self.transposed else 1]
+        return codes.shape[1] * codes.itemsize * 8 // self.format.bits
 
     def is_native(self, rows: int, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
         """Whether the native kernel computes ``rows`` tokens in ``dtype``: a matter of shapes and
@@ -105,21 +128,29 @@ class ExpertMlp:
     def could_be_native(self, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
         """Whether the native kernel can read such weights, without rounding them."""
         if dtype not in self._possible:
-            matrices = [p for n, pieces in weights.items() if n.endswith("_proj") for p in pieces]
-            self._possible[dtype] = not self.transposed and all(
-                p.stride(1) == 1 and dtype in _EXACT.get(p.dtype, ()) for p in matrices
-            )
+            names = [n for n in ("gate_up_proj", "up_proj", "down_proj") if n in weights]
+            coded = [pair for name in names for pair in _coded(weights, name)]
+            self._possible[dtype] = all(self._readable(c, s, dtype) for c, s in coded)
         return self._possible[dtype]
+
+    def _readable(
+        self, codes: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+    ) -> bool:
+        if codes.stride(1) != 1:
+            return False
+        if self.format is None:
+            return not self.transposed and dtype in _EXACT.get(codes.dtype, ())
+        whole = scales is not None and scales.stride(-1) == 1
+        return whole and self.format.name in native.KINDS and dtype in _EXACT
 
     def hidden(self, weights: Mapping[str, Pieces]) -> int:
         """H: what goes in."""
-        first = weights["gate_up_proj" if self.gated else "up_proj"][0]
-        return first.shape[0 if self.transposed else 1]
+        return self._inner(weights["gate_up_proj" if self.gated else "up_proj"][0])
 
     def fused(self, weights: Weights, dtype: torch.dtype) -> Fused:
         """The call for several experts at once; they differ in addresses only."""
         if dtype not in self._fused:
-            self._fused[dtype] = Fused(weights, dtype)
+            self._fused[dtype] = Fused(self, weights, dtype)
         return self._fused[dtype]
 
 
@@ -129,15 +160,16 @@ class Fused:
     An `ExpertMlp` whose experts are not SwiGLU computes them one matrix at a time instead.
     """
 
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        gate, _, down = _swiglu_parts(weights)
+    def __init__(self, mlp: ExpertMlp, weights: Weights, dtype: torch.dtype) -> None:
+        (gate, gate_scales), _, (down, down_scales) = _swiglu_parts(weights)
+        kind, group = mlp._kind(gate, gate_scales)
         self.shape = native.Shape(
-            gate.shape[1],
-            down.shape[1],
+            mlp._inner(gate),
+            mlp._inner(down),
             (native.row_bytes(gate), native.row_bytes(down)),
-            (0, 0),
-            native.KINDS[native.name_of(gate.dtype)],
-            (0, 0),
+            tuple(0 if s is None else native.row_bytes(s) for s in (gate_scales, down_scales)),
+            native.KINDS[kind],
+            (group, mlp._kind(down, down_scales)[1]),
             native.KINDS[native.name_of(dtype)],
         )
         lib = native.library()
@@ -148,8 +180,10 @@ class Fused:
     def addresses(weights: Weights) -> bytes:
         """The first six fields of ``struct expert``; kept with the weights, which own the slot."""
         if weights.addresses is None:
-            codes = [part.data_ptr() for part in _swiglu_parts(weights)]
-            weights.addresses = struct.pack("6Q", *codes, 0, 0, 0)
+            parts = _swiglu_parts(weights)
+            codes = [codes.data_ptr() for codes, _ in parts]
+            scales = [0 if scales is None else scales.data_ptr() for _, scales in parts]
+            weights.addresses = struct.pack("6Q", *codes, *scales)
         return weights.addresses
 
     def __call__(
@@ -164,12 +198,20 @@ class Fused:
             raise MemoryError("no memory for the inputs of an expert")
 
 
-def _swiglu_parts(weights: Mapping[str, Pieces]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _coded(weights: Mapping[str, Pieces], name: str) -> Iterator[native.Coded]:
+    """The pieces of a parameter, each with its scales (``None`` where there are none)."""
+    scales: Sequence[torch.Tensor | None] = weights.get(f"{name}_scales", ())
+    return zip(weights[name], scales or [None] * len(weights[name]), strict=True)
+
+
+def _swiglu_parts(weights: Mapping[str, Pieces]) -> tuple[native.Coded, ...]:
     """gate, up and down, [out, in] each; gate and up may lie in one matrix."""
-    pieces = weights["gate_up_proj"]
-    gate, up = pieces if len(pieces) == 2 else pieces[0].chunk(2)
-    (down,) = weights["down_proj"]
-    return gate, up, down
+    pieces = list(_coded(weights, "gate_up_proj"))
+    if len(pieces) == 1:
+        codes, scales = pieces[0]
+        halves = (None, None) if scales is None else scales.chunk(2)
+        pieces = list(zip(codes.chunk(2), halves, strict=True))
+    return *pieces, *_coded(weights, "down_proj")
 
 
 class Batch:

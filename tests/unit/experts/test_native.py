@@ -46,9 +46,7 @@ def test_int8_with_known_numbers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("k", "group"), [(32, 32), (64, 64), (64, 32), (96, 32), (2112, 64)])
 @pytest.mark.parametrize("rows", [1, 2, 6])
-def test_int4_weights_as_they_are_packed(
-    dtype: torch.dtype, k: int, group: int, rows: int
-) -> None:
+def test_int4_weights_as_they_are_packed(dtype: torch.dtype, k: int, group: int, rows: int) -> None:
     torch.manual_seed(k)
     q = torch.randint(0, 16, (5, k))
     scales = (torch.rand(5, k // group) + 0.5).half()
@@ -194,9 +192,7 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
         native.library.cache_clear()
 
 
-def test_a_compiler_that_fails_is_quoted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho 'cc: error: out of coffee' >&2\nexit 1\n")
     broken.chmod(0o755)
