@@ -23,7 +23,6 @@ stays eager, and `Frame.eager` says why.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,9 +30,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -41,6 +42,9 @@ from understudy.core import current_forward
 
 ATTENTION = "understudy"  # our name in transformers' AttentionInterface, used while tracing only
 TOLERANCE = 0.03  # of the largest number; bf16 code that rounds elsewhere stays well under it
+ROOM = 256  # tokens by which the KV cache grows
+# What makes transformers' sdpa more than softmax(q k) v; it ignores everything else.
+NOT_PLAIN = ("dropout", "position_bias", "softcap", "cache", "s_aux")
 PROMPT = 4  # tokens before the step that is recorded
 
 _operators: Any = torch.library.Library("understudy", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -57,7 +61,7 @@ class _Site:
     """What one decoder layer did in the recorded eager step.
 
     ``attention``, ``attend``, ``attend_kwargs``: its module, transformers' function, and what that
-    was called with beside q, k, v and mask. ``experts``: its Experts module, if it has one, whose
+    was called with beside q, k, v and mask; ``plain``: nothing but softmax. ``experts``: its Experts module, if it has one, whose
     router reads what the experts read, in ``router_shape``. ``args``: of the layer's forward.
     """
 
@@ -67,6 +71,7 @@ class _Site:
     attention: nn.Module | None = None
     attend: Callable[..., Any] | None = None
     attend_kwargs: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
     experts: Any = None
     router_shape: tuple[int, ...] | None = None
 
@@ -92,11 +97,50 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: torch.Tens
     call = _call.get()
     site = call.site
     assert site.attend is not None
-    keys, values = call.cache.update(k, v, call.index)
+    keys, values = _append(call.cache, call.index, k, v)
+    if site.plain:
+        return _attend_by_groups(q, keys, values, call.mask, site.attend_kwargs["scaling"])
     out: torch.Tensor = site.attend(
         site.attention, q, keys, values, call.mask, **site.attend_kwargs
     )[0]
     return out.contiguous()
+
+
+def _attend_by_groups(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float
+) -> torch.Tensor:
+    """The query heads that share a key head as rows of one product: the same bits as one head at a
+    time, and keys and values are read once (5 times faster at 500 tokens, 2 groups of 2)."""
+    batch, heads, _, width = q.shape
+    grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, 1, heads, -1)
+
+
+def _append(
+    cache: Any, index: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cache.update`` for one token. transformers' growing cache copies all it holds for every
+    token; here it grows by `ROOM` tokens at a time, and its tensors are views of what it has."""
+    layer = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
+    if type(layer) is not DynamicLayer or not layer.is_initialized or not layer.keys.numel():
+        keys, values = cache.update(k, v, index)
+        return keys, values
+    layer.keys, layer.values = _grown(layer.keys, k), _grown(layer.values, v)
+    return layer.keys, layer.values
+
+
+def _grown(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """[B, h, n, d] and [B, h, 1, d] -> [B, h, n + 1, d], in place if ``held`` has room behind it."""
+    n = held.shape[2]
+    whole = getattr(held, "understudy_room", None)
+    if whole is None or whole.shape[2] == n or whole.data_ptr() != held.data_ptr():
+        whole = held.new_empty(*held.shape[:2], n + ROOM, held.shape[3])
+        whole[:, :, :n] = held
+    whole[:, :, n : n + 1] = new
+    grown: Any = whole[:, :, : n + 1]
+    grown.understudy_room = whole
+    return grown  # type: ignore[no-any-return]
 
 
 def _experts(
@@ -148,6 +192,8 @@ class _Recorder:
         if self.current >= 0:
             site = self.sites[self.current]
             site.attention, site.attend, site.attend_kwargs = module, self.function, kwargs
+            odd = any(kwargs.get(name) not in (None, 0.0) for name in NOT_PLAIN)
+            site.plain = not odd and bool(kwargs.get("scaling"))
         return self.function(module, q, k, v, mask, **kwargs)
 
     def seam(self, layer: int, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -311,25 +357,27 @@ def _trace(layer: nn.Module, site: _Site, inputs: _Inputs, recorder: _Recorder) 
         recorder.number = None
 
 
-def _multiply_with(linears: Any, graph: Any) -> None:
-    """Let ``linears`` (x, [weights]) -> [x times each] do the products of one row with whole
-    parameters, those of one input in one call."""
+def _multiply_with(products: Any, graph: Any) -> None:
+    """Let ``products`` (x [1, K], weights) -> [1, all lines] multiply one row by whole parameters,
+    those that read the same row in one call."""
     aten = torch.ops.aten
     graph.graph = fx_graph_cse(graph.graph)  # every product looks at the input through its own view
-    products: dict[Any, list[Any]] = {}
+    found: dict[Any, list[Any]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is aten.mm.default:
             x, w = node.args
             turned = w.op == "call_function" and w.target is aten.t.default
             if turned and w.args[0].op == "placeholder" and x.meta["val"].shape[0] == 1:
-                products.setdefault(x, []).append(node)
-    for x, nodes in products.items():
+                found.setdefault(x, []).append(node)
+    for x, nodes in found.items():
         with graph.graph.inserting_before(nodes[0]):
             weights = [node.args[1].args[0] for node in nodes]
-            together = graph.graph.call_function(linears, (x, weights))
-            for place, node in enumerate(nodes):
-                part = graph.graph.call_function(operator.getitem, (together, place))
+            together, start = graph.graph.call_function(products, (x, weights)), 0
+            for node, weight in zip(nodes, weights, strict=True):
+                end = start + weight.meta["val"].shape[0]
+                part = graph.graph.call_function(aten.slice.Tensor, (together, 1, start, end))
                 node.replace_all_uses_with(part)
+                start = end
     graph.graph.eliminate_dead_code()
     graph.recompile()
 
@@ -338,8 +386,9 @@ def _compile(graph: Any, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
     import torch._inductor.config as inductor
     from torch._inductor.compile_fx import compile_fx
 
-    # One process: a pool of compilers would outlive the load and count against the budget.
-    with inductor.patch(compile_threads=1):
+    # One process: a pool of compilers would outlive the load and count against the budget. One
+    # thread: what is left between the products is too small to be shared.
+    with inductor.patch({"compile_threads": 1, "size_asserts": False, "cpp.threads": 1}):
         compiled: Any = compile_fx(graph, list(example))
         return compiled  # type: ignore[no-any-return]
 
@@ -390,15 +439,15 @@ def compile_frame(
     config: Any,
     guests: Sequence[Any],
     routers: Sequence[nn.Module | None],
-    linears: Any = None,
+    products: Any = None,
 ) -> Frame:
     """Replace the forward of every decoder layer that allows it. ``config``: of the text model.
-    ``linears``: an operator for products of one row, where there is a better one than torch's."""
+    ``products``: an operator for products of one row, where there is a better one than torch's."""
     try:
         layers = _decoder_layers(model, guests)
         with torch.no_grad():
-            frame = _compile_layers(model, config, layers, guests, routers, linears)
-        _replace_head(model, linears)
+            frame = _compile_layers(model, config, layers, guests, routers, products)
+        _replace_head(model, products)
         return frame
     except NotCompiled as e:
         return Frame(0, (str(e),))
@@ -407,20 +456,20 @@ def compile_frame(
 class _Head:
     """The output embeddings, for one token: the largest dense matrix of most models."""
 
-    def __init__(self, head: nn.Linear, linears: Any) -> None:
-        self.eager, self.weight, self.linears = head.forward, head.weight, linears
+    def __init__(self, head: nn.Linear, products: Any) -> None:
+        self.eager, self.weight, self.products = head.forward, head.weight, products
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() != x.shape[-1] or x.dtype != self.weight.dtype or torch.is_grad_enabled():
             return self.eager(x)
-        (out,) = self.linears(x.view(1, -1), [self.weight])
-        return out.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        out: torch.Tensor = self.products(x.view(1, -1), [self.weight])
+        return out.view(*x.shape[:-1], -1)
 
 
-def _replace_head(model: Any, linears: Any) -> None:
+def _replace_head(model: Any, products: Any) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if linears is not None and type(head) is nn.Linear and head.bias is None:
-        head.forward = _Head(head, linears)  # type: ignore[method-assign]
+    if products is not None and type(head) is nn.Linear and head.bias is None:
+        head.forward = _Head(head, products)  # type: ignore[method-assign]
 
 
 def _decoder_layers(model: nn.Module, guests: Sequence[Any]) -> list[nn.Module]:
@@ -441,7 +490,7 @@ def _compile_layers(
     layers: Sequence[nn.Module],
     guests: Sequence[Any],
     routers: Sequence[nn.Module | None],
-    linears: Any,
+    products: Any,
 ) -> Frame:
     recorder = _Recorder(model, layers)
     with _recording(recorder, config, guests):
@@ -450,7 +499,7 @@ def _compile_layers(
         good, reasons = [], []
         for index, (layer, site) in enumerate(zip(layers, recorder.sites, strict=True)):
             try:
-                inputs, code = _code(layer, site, recorder, codes, guests, linears)
+                inputs, code = _code(layer, site, recorder, codes, guests, products)
                 compiled = CompiledLayer(layer, index, site, inputs, code)
                 _verify(compiled, before)
                 good.append((layer, compiled))
@@ -481,7 +530,7 @@ def _code(
     recorder: _Recorder,
     codes: dict[Any, Any],
     guests: Sequence[Any],
-    linears: Any,
+    products: Any,
 ) -> tuple[_Inputs, Callable[..., Any]]:
     """Compiled code for ``layer``: that of an earlier one which looks the same, or new."""
     if site.attention is None or not site.args or not isinstance(site.out, torch.Tensor):
@@ -496,8 +545,8 @@ def _code(
         example = (*inputs.gather(site.args, site.kwargs), *_state(layer).values())
         try:
             graph = _trace(layer, site, inputs, recorder)
-            if linears is not None:
-                _multiply_with(linears, graph)
+            if products is not None:
+                _multiply_with(products, graph)
             codes[key] = _compile(graph, (torch.tensor(0), *example))
         except NotCompiled:
             raise

@@ -317,9 +317,9 @@ def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> fr
         return None
     say("compiling the decoder layers (once per machine, then read from the cache)")
     native = any(mlp.native_rows for mlp in runtime.mlps)
-    linears = torch.ops.understudy.linears.default if native else None
+    products = torch.ops.understudy.products.default if native else None
     config, guests = guest.text_config(model.config), guest.guests(model)
-    built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), linears)
+    built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), products)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
     return built

@@ -201,21 +201,43 @@ def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[
     return records, (ctypes.c_int64 * len(matrices))(*[len(codes) for codes, _ in matrices])
 
 
-# The same as an operator, for compiled code: dense matrices of the dtype of their input.
+# The same as an operator, for compiled code: whole dense matrices of the dtype of their one input
+# row, their products one after the other. Such matrices stay where they are, so what C needs to
+# know of them is kept.
 _operators: Any = torch.library.Library("understudy", "FRAGMENT")  # type: ignore[no-untyped-call]
-_operators.define("linears(Tensor x, Tensor[] weights) -> Tensor[]")
+_operators.define("products(Tensor x, Tensor[] weights) -> Tensor")
+_known: dict[tuple[int, ...], tuple[Any, Any, list[int], int]] = {}
 
 
-def _linears(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return linears(x, [(w, None) for w in weights], name_of(x.dtype))
+def _products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    lib = library()
+    assert lib is not None
+    key = tuple([n for w in weights for n in (w.data_ptr(), w.shape[0])])
+    if key not in _known:
+        sizes = [w.shape[0] for w in weights]
+        starts = [sum(sizes[:i]) * x.itemsize for i in range(len(sizes))]
+        pairs = [(w, None) for w in weights]
+        records, lines = _records(x.shape[1], pairs, name_of(x.dtype), 0)
+        _known[key] = records, lines, starts, sum(sizes)
+    records, lines, starts, total = _known[key]
+    out = torch.empty(1, total, dtype=x.dtype)
+    begin = out.data_ptr()
+    failed = lib.understudy_linears(
+        records, lines, len(weights), KINDS[name_of(x.dtype)], x.data_ptr(),
+        (ctypes.c_void_p * len(weights))(*[begin + start for start in starts]), 1,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the inputs of a matrix")
+    return out
 
 
-def _linears_shapes(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
+def _products_shape(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    return x.new_empty(1, sum(w.shape[0] for w in weights))
 
 
-_operators.impl("linears", _linears, "CPU")
-_operators.impl("linears", _linears_shapes, "Meta")
+_operators.impl("products", _products, "CPU")
+_operators.impl("products", _products_shape, "Meta")
 
 
 def row_bytes(matrix: torch.Tensor) -> int:
