@@ -34,7 +34,7 @@ class Policy:
     """Who leaves, who comes early, and whether there is a cache at all."""
 
     name: str
-    evictor: str = "lru"
+    evictor: str = "lrfu"
     predictor: str = "none"
     slots: int | None = None  # None: as many as the budget holds
 
@@ -49,8 +49,8 @@ class Policy:
         return cls(name, evictor, predictor or "none")
 
 
-NO_CACHE = Policy("no-cache", slots=planning.MINIMUM_SLOTS)
-LRU = Policy("lru")
+NO_CACHE = Policy("no-cache", "lru", slots=planning.MINIMUM_SLOTS)
+LRU = Policy("lru", "lru")
 UNDERSTUDY = Policy("understudy", predictor="next-gate")
 PRESETS = {policy.name: policy for policy in (NO_CACHE, LRU, UNDERSTUDY)}
 

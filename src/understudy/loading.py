@@ -57,7 +57,7 @@ class Options:
     memory: str | int = "auto"
     max_context: int | None = None
     dtype: Dtype = "auto"
-    evictor: str = "lru"
+    evictor: str = "lrfu"
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4

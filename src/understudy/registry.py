@@ -73,6 +73,7 @@ class Registry:
 EVICTORS = Registry(
     "evictor",
     {
+        "lrfu": "understudy.policies.evict:Lrfu",
         "lru": "understudy.policies.evict:Lru",
         "lru-global": "understudy.policies.evict:LruGlobal",
         "lru-layer": "understudy.policies.evict:LruLayer",

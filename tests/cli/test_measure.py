@@ -140,7 +140,7 @@ def test_bench_rows_are_pp_and_tg(understudy: Command, models: Path) -> None:
     assert ended.code == 0
     reading, writing = ended.json["rows"]
     assert (reading["test"], writing["test"]) == ("pp235", "tg20")  # 256 of context - 20 - 1
-    assert reading["policy"] == "lru+next-gate"
+    assert reading["policy"] == "lrfu+next-gate"
     assert reading["tokens_per_second"] == pytest.approx(235 / 0.5, rel=1e-3)
     assert writing["tokens_per_second"] == pytest.approx(100, rel=1e-3)
     assert writing["bytes_per_token"] == 4096

@@ -46,7 +46,7 @@ class EngineOptions:
     max_context: MaxContext = None
     evictor: Annotated[
         str, option("--evictor", help=f"Who leaves: {_EVICTORS}.", metavar="NAME")
-    ] = "lru"
+    ] = "lrfu"
     predictor: Annotated[
         str,
         option(

@@ -55,6 +55,11 @@ class Evictor:
         ``layer``. Repeats are allowed; more than ``need`` are expected, since some are skipped."""
         raise NotImplementedError
 
+    def chance(self, expert: ExpertId) -> float | None:
+        """How likely ``expert`` is used when its layer comes next, where this evictor has an
+        opinion (``None``: it has none). A guess that is less likely does not replace it."""
+        return None
+
 
 class Predictor:
     """Guesses which experts come next. May never start a load."""

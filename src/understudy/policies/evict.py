@@ -1,5 +1,5 @@
 """Who leaves: least recently used (global, per layer, or whichever does not cycle), least often
-used, frequency over age, and the clairvoyant oracle.
+used, frequency over age, frequency that fades, and the clairvoyant oracle.
 
 Knows: which experts are resident and when they were used. Does not know: who is pinned or in
 flight (the director skips those), nor anything about bytes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 from understudy.core import ExpertId, LayerEvent
@@ -133,6 +133,104 @@ class Lfru(_Frequency):
     def _worth(self, expert: ExpertId) -> tuple[float, int]:
         last = self.last.get(expert, 0)
         return self.uses.get(expert, 0) / (self.now - last + 1), last
+
+
+class Lrfu(Evictor):
+    """The default: uses that fade, a fast and a slow half-life together, soonest layers dearest.
+
+    Every token of a layer fades the uses of that layer's experts, so an expert's mark is a share of
+    the last few tokens (`FAST`) and one of the last fifty (`SLOW`), mixed: an estimate of the
+    chance that the layer's next token uses it. An expert whose layer is a whole step away is worth
+    less than one whose layer comes next, by up to `FAR`. The figures were chosen on recorded
+    routing; `docs/policies.md` has the table.
+    After LRFU: Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU", 2001.
+    """
+
+    FAST, SLOW = 0.5, 0.98  # what is left of a use after one more token
+    SHARE = 0.25  # of the fast one
+    FAR = 0.5
+
+    def __init__(self, *, slots: int, layers: int) -> None:
+        super().__init__(slots=slots, layers=layers)
+        self._fast = [_Fading(self.FAST) for _ in range(layers)]
+        self._slow = [_Fading(self.SLOW) for _ in range(layers)]
+        self._last: dict[ExpertId, int] = {}
+        self._residents: list[set[ExpertId]] = [set() for _ in range(layers)]
+        self._ranked: list[list[tuple[float, int, ExpertId]] | None] = [None] * layers
+        self._now = 0
+
+    def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
+        self._fast[event.layer].use(event.ids)
+        self._slow[event.layer].use(event.ids)
+        for expert in needed:
+            self._now += 1
+            self._last[expert] = self._now
+        self._ranked[event.layer] = None
+
+    def admit(self, expert: ExpertId, *, speculative: bool) -> None:
+        self._residents[expert.layer].add(expert)
+        self._ranked[expert.layer] = None
+
+    def remove(self, expert: ExpertId) -> None:
+        self._residents[expert.layer].discard(expert)
+        self._ranked[expert.layer] = None
+
+    def chance(self, expert: ExpertId) -> float:
+        fast = self._fast[expert.layer].share(expert.expert)
+        return self.SHARE * fast + (1 - self.SHARE) * self._slow[expert.layer].share(expert.expert)
+
+    def victims(self, layer: int, need: int) -> Iterable[ExpertId]:
+        """Merges the layers' own orders: only the first few are ever taken."""
+        return (found[2] for found in heapq.merge(*(self._seen_from(layer))))
+
+    def _seen_from(self, layer: int) -> Iterator[Iterator[tuple[float, int, ExpertId]]]:
+        for ahead in range(self.layers):
+            ranked = self._order((layer + 1 + ahead) % self.layers)
+            yield map(_times(1 - self.FAR * ahead / self.layers), ranked)
+
+    def _order(self, layer: int) -> list[tuple[float, int, ExpertId]]:
+        """This layer's residents, the least worth first; sorted again only after a change."""
+        ranked = self._ranked[layer]
+        if ranked is None:
+            ranked = sorted(
+                (self.chance(e), self._last.get(e, 0), e) for e in self._residents[layer]
+            )
+            self._ranked[layer] = ranked
+        return ranked
+
+
+def _times(
+    worth: float,
+) -> Callable[[tuple[float, int, ExpertId]], tuple[float, int, ExpertId]]:
+    return lambda found: (found[0] * worth, found[1], found[2])
+
+
+class _Fading:
+    """An exponential average per expert: of every use, ``left`` is left after one more token.
+
+    New uses weigh ever more instead of old ones ever less, so that a token costs its own experts
+    only; the scale starts again before it leaves the range of floats.
+    """
+
+    def __init__(self, left: float) -> None:
+        self._left = left
+        self._weight = 1.0  # of a use by the next token
+        self._uses: dict[int, float] = {}
+
+    def use(self, rows: Sequence[Sequence[int]]) -> None:
+        uses, weight = self._uses, self._weight
+        for row in rows:
+            for expert in row:
+                uses[expert] = uses.get(expert, 0.0) + weight
+            weight /= self._left
+            if weight > 1e100:
+                uses = {expert: mark / weight for expert, mark in uses.items()}
+                weight = 1.0
+        self._uses, self._weight = uses, weight
+
+    def share(self, expert: int) -> float:
+        """0..1: which part of the recent tokens used ``expert``, the last ones counting most."""
+        return self._uses.get(expert, 0.0) / self._weight * (1 - self._left) / self._left
 
 
 class Belady(Evictor):

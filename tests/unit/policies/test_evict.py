@@ -10,7 +10,7 @@ from itertools import combinations
 import pytest
 from unit.policies.traces import TEXTBOOK, at_random, event, singles, sweeps
 
-from understudy.core import ExpertId, LayerEvent
+from understudy.core import ExpertId, LayerEvent, Phase
 from understudy.policies import Evictor
 from understudy.registry import EVICTORS, ORACLES
 from understudy.simulate import replay
@@ -231,3 +231,48 @@ def test_belady_is_the_best_there_is(seed: int, k: int) -> None:
     for slots in (2, 3, 4):
         counted = replay(trace, slots=slots, layers=2, evictor="belady")
         assert counted.misses == fewest_misses(trace, slots)
+
+
+# ------------------------------------------------------------------------- uses that fade (lrfu)
+
+
+def test_lrfu_mixes_a_fast_and_a_slow_half_life() -> None:
+    lrfu = make("lrfu", slots=4, layers=1)
+    for expert in (1, 0, 0, 2):
+        use(lrfu, 0, expert)
+    # Fast: halves per token. Slow: 2 % per token. One quarter of the fast one.
+    slow = [0.02 * (0.98**2 + 0.98), 0.02 * 0.98**3, 0.02]
+    fast = [0.5**3 + 0.5**2, 0.5**4, 0.5]
+    for expert in range(3):
+        expected = 0.25 * fast[expert] + 0.75 * slow[expert]
+        assert lrfu.chance(ExpertId(0, expert)) == pytest.approx(expected)
+    assert experts(leaving(lrfu, 0)) == [1, 0, 2]
+
+
+def test_lrfu_spares_the_layer_that_comes_next() -> None:
+    lrfu = make("lrfu", slots=4, layers=2)
+    use(lrfu, 0, 0)
+    use(lrfu, 1, 0)
+    assert leaving(lrfu, 0) == [ExpertId(0, 0), ExpertId(1, 0)]
+    assert leaving(lrfu, 1) == [ExpertId(1, 0), ExpertId(0, 0)]
+
+
+def test_lrfu_keeps_its_marks_over_thousands_of_tokens() -> None:
+    lrfu = make("lrfu", slots=4, layers=1)
+    for token in range(3000):
+        use(lrfu, 0, 1 if token % 4 == 0 else 0)
+    # Long averages: three quarters and one quarter, each fresh or stale by a few tokens.
+    assert lrfu.chance(ExpertId(0, 0)) == pytest.approx(0.75, abs=0.15)
+    assert lrfu.chance(ExpertId(0, 1)) == pytest.approx(0.25, abs=0.15)
+
+
+def test_a_prompt_in_one_event_counts_like_its_tokens_one_by_one() -> None:
+    rows = [[0], [1], [1], [2]]
+    together, apart = make("lrfu"), make("lrfu")
+    prompt = LayerEvent(0, 0, Phase.PREFILL, rows)
+    together.touch(prompt, [ExpertId(0, e) for e in prompt.needed()])
+    for row in rows:
+        apart.touch(event(0, *row), [ExpertId(0, e) for e in row])
+    for expert in range(3):
+        one, other = together.chance(ExpertId(0, expert)), apart.chance(ExpertId(0, expert))
+        assert one == pytest.approx(other)
