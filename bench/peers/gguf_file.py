@@ -1,4 +1,4 @@
-"""Writes a Mixtral- or Qwen3-MoE-shaped checkpoint as GGUF, so that llama.cpp runs the same weights.
+"""Writes a Mixtral- or Qwen3-MoE-shaped checkpoint as GGUF: the same weights for llama.cpp.
 
 Knows: the tensor names of both worlds, which tensors llama.cpp keeps in fp32 (norms, routers), and
 that its Mixtral wants the rows of q and k in another order (rotary pairs lie next to each other
@@ -53,7 +53,9 @@ _EXPERTS = {
     "w3": "ffn_up_exps",
     "w2": "ffn_down_exps",
 }
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(
+    r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight"
+)
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
