@@ -34,7 +34,7 @@ class Contestant:
     needs: tuple[str, ...] = ()
     told: bool = False
     where: tuple[str, ...] = ("limited", "ram")
-    seconds: float = 20.0
+    seconds: float = 12.0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
