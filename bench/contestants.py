@@ -123,5 +123,5 @@ def _packed(form: str, twin: Path, bar: Bar) -> Path:
     from understudy.packing import pack
 
     demo.check_disk(path.parent, stored_bytes(twin))
-    pack(twin, path, form, bar(f"packing {path.name}, once"))
+    pack(twin, form, path, bar=bar)
     return path

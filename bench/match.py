@@ -37,9 +37,11 @@ class Rates:
     def measure(self) -> None:
         """One short look; called between rounds."""
         for threads in (4, 8):
-            speed = planning.disk_bandwidth(self.file, threads, self.block, 192 * planning.MIB)
-            self.disk = max(self.disk, speed or 0.0)
-        self.memory = max(self.memory, planning.memory_bandwidth(repeats=1))
+            disk = planning.disk_bandwidth(self.file, threads, self.block, 192 * planning.MIB)
+            self.disk = max(self.disk, disk or 0.0)
+        # Much larger than any cache, which would answer faster than memory does.
+        memory = planning.memory_bandwidth(512 * planning.MIB, repeats=2)
+        self.memory = max(self.memory, memory)
 
     def floor(self, disk_bytes: float, memory_bytes: float) -> float:
         """Seconds that no program can beat: the two overlap, so the larger counts."""
