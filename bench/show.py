@@ -53,7 +53,8 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]
     notes: list[str] = []
     for row in rows:
         if row.get("skipped"):
-            notes.append(f"{_cell(row)} {row['contestant']}: skipped, {row['skipped']}")
+            what = f"stopped after {row['rounds']} rounds" if row.get("rounds") else "skipped"
+            notes.append(f"{_cell(row)} {row['contestant']}: {what}, {row['skipped']}")
         if row.get("rounds"):
             lines.append([show(row) for _, show in columns])
     widths = [max(len(line[i]) for line in [names, *lines]) for i in range(len(names))]
