@@ -1,101 +1,104 @@
-"""What every benchmark prints first and last: the machine, a table, a line of JSON.
+"""The card above every table: what was measured on what, so that a figure can be judged later.
 
-Knows: how to look at this machine, and how a table is set. Does not know: what was measured.
+Knows: the machine, the versions, the models. Does not know: results.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import platform
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "understudy", "llama-cpp-python", "accelerate")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")
+from understudy import plan as planning
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "i8mm")
+PACKAGES = ("understudy", "torch", "transformers", "llama-cpp-python", "gguf", "accelerate")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, versions, date."""
-    import os
+def card(models: dict[str, Path], note: str = "") -> dict[str, Any]:
+    """Plain values; `lines` makes them readable."""
+    import torch
 
-    fields: dict[str, str] = {}
-    for line in _read("/proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    flags = set(fields.get("flags", "").split())
-    memory = next((line.split()[1] for line in _read("/proc/meminfo").splitlines()), "0")
+    cpu, flags = _cpu()
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "cpu": fields.get("model name") or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "features": [flag for flag in FLAGS if flag in flags],
-        "memory_gib": round(int(memory) / 2**20, 1),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "cpu_flags": [flag for flag in FLAGS if flag in flags],
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "free_bytes": planning.free_memory(),
+        "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "torch_threads": torch.get_num_threads(),
+        "models": {name: _model(path) for name, path in models.items()},
+        "note": note,
     }
 
 
-def _read(path: str) -> str:
+def _cpu() -> tuple[str, set[str]]:
+    name, flags = platform.processor() or platform.machine(), set[str]()
     try:
-        return Path(path).read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return ""
+        return name, flags
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+    return name, flags
 
 
-def _version(name: str) -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return version(name)
+        return version(package)
     except PackageNotFoundError:
         return None
 
 
-def progress(text: str) -> None:
-    """For the person who waits; results go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+def _model(path: Path) -> dict[str, Any]:
+    from understudy.loading import inspect
+
+    found = inspect(path)
+    return {
+        "folder": path.name,
+        "bytes": found.checkpoint_bytes,
+        "moe_layers": found.moe_layers,
+        "experts_per_layer": found.experts_per_layer,
+        "top_k": found.top_k,
+        "expert_bytes": found.expert_bytes,
+        "dense_bytes": found.dense_bytes,
+        "active_bytes": found.dense_bytes + found.moe_layers * found.top_k * found.expert_bytes,
+    }
 
 
-def show_card(title: str, facts: dict[str, Any]) -> None:
-    print(f"# {title}")
-    m = machine()
-    print(f"{m['cpu']}, {m['cores']} cores ({' '.join(m['features'])}), {m['memory_gib']} GiB; "
-          + ", ".join(f"{n} {v or 'missing'}" for n, v in m["versions"].items()))  # fmt: skip
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    print()
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, numbers to the right."""
-    texts = [[_text(cell) for cell in row] for row in rows]
-    widths = [max(len(c), *(len(r[i]) for r in texts), 3) for i, c in enumerate(columns)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)) + " |"]
-    lines.append(
-        "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    )
-    for row in texts:
-        cells = [c.rjust(w) if i else c.ljust(w)
-                 for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _text(cell: Any) -> str:
-    if cell is None:
-        return "-"
-    if isinstance(cell, float):
-        return (
-            f"{cell:.0f}"
-            if abs(cell) >= 100
-            else f"{cell:.1f}"
-            if abs(cell) >= 10
-            else f"{cell:.2f}"
+def lines(found: dict[str, Any]) -> list[str]:
+    size = planning.shown_size
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
+    missing = [k for k, v in found["versions"].items() if not v]
+    out = [
+        f"machine: {found['cpu']}, {found['cores']} cores ({' '.join(found['cpu_flags'])}), "
+        f"{size(found['memory_bytes'])}, {size(found['free_bytes'])} free, {found['system']}",
+        f"versions: Python {found['python']}, {versions}"
+        + (f"; not here: {', '.join(missing)}" if missing else ""),
+    ]
+    for name, model in found["models"].items():
+        out.append(
+            f"model {name}: {size(model['bytes'])}, {model['moe_layers']} x "
+            f"{model['experts_per_layer']} experts of {size(model['expert_bytes'])}, top "
+            f"{model['top_k']}, {size(model['dense_bytes'])} dense, "
+            f"{size(model['active_bytes'])} read per token"
         )
-    return str(cell)
+    return [*out, *([found["note"]] if found["note"] else [])]
 
 
-def last_line(result: dict[str, Any]) -> None:
-    print(json.dumps(result))
+def show(found: dict[str, Any]) -> None:
+    """Everything but the table and the last line goes beside the standard output."""
+    for line in lines(found):
+        print(line, file=sys.stderr)

@@ -1,119 +1,127 @@
-"""Who runs in a benchmark: one process each, driven by lines of JSON.
+"""Who runs: the table of contestants, and what each needs to be there.
 
-Knows: how a contestant is started (in a cgroup or not), asked and stopped. Does not know: cells,
-floors, tables. What a contestant does with a request stands in `bench.worker`.
+A new contestant is one line in `TABLE`. Knows: names, formats, which file each one reads, why one
+cannot run here. Does not know: how rounds are timed, what a row looks like.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.limits import Group
+from bench.cells import Bar, Cell, stored_bytes
+from understudy import demo
+from understudy.core import UnderstudyError
 
-REPOSITORY = Path(__file__).parents[1]
+OWN = "bench.own:Understudy"
+LLAMA = "bench.peers.llama:Llama"
+ANCHOR = "understudy"  # whom every ratio is against
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """``kind``: the loader in `bench.worker`; ``format``: of its expert weights; ``options``: for
-    the loader. ``engine``: whether it is ours, and so counts hits, stalls and misses."""
+    """``runner``: module:class of the worker; ``format``: of the experts; ``reads``: checkpoint,
+    gguf or packed; ``told``: whether it is given the budget as an option; ``where``: limited
+    cells, ram, or both; ``seconds``: of decoding per round, where it can stop early."""
 
     name: str
-    kind: str
+    runner: str
     format: str = "bf16"
-    options: dict[str, Any] = field(default_factory=dict)
+    reads: str = "checkpoint"
+    needs: tuple[str, ...] = ()
+    told: bool = False
+    where: tuple[str, ...] = ("limited", "ram")
+    seconds: float = 12.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def ours(self) -> bool:
-        return self.kind == "understudy"
+    def own(self) -> bool:
+        return self.runner == OWN
+
+    def runs_in(self, cell: Cell) -> bool:
+        return ("ram" if cell.percent is None else "limited") in self.where
 
 
-UNDERSTUDY = Contestant("understudy", "understudy")
-NO_PREFETCH = Contestant("understudy-noprefetch", "understudy", options={"predictor": "none"})
-LLAMA = {f: Contestant(f"llama.cpp-{f}", "llama", f, {"gguf": f}) for f in ("bf16", "q8_0", "q4_0")}
-PACKED = {f: Contestant(f"understudy-{f}", "understudy", f, {"pack": f}) for f in ("int8", "int4")}
-ACCELERATE = Contestant("accelerate", "accelerate")
-TRANSFORMERS = Contestant("transformers", "transformers")
-
-EVERYBODY = {
-    c.name: c
-    for c in (
-        UNDERSTUDY, NO_PREFETCH, LLAMA["bf16"], PACKED["int8"], LLAMA["q8_0"], PACKED["int4"],
-        LLAMA["q4_0"], TRANSFORMERS, ACCELERATE,
-    )
-}  # fmt: skip
-IN_RAM = [name for name in EVERYBODY if name not in ("understudy-noprefetch", "accelerate")]
-LIMITED = ["understudy", "understudy-noprefetch", "llama.cpp-bf16", "accelerate"]
-PEERLESS = ["understudy", "understudy-noprefetch"]
-
-
-class Gone(Exception):
-    """A contestant ended or could not begin; the text is its last line."""
-
-
-class Running:
-    """A contestant's process. ``ask`` sends one request and waits for its answer."""
-
-    def __init__(self, contestant: Contestant, model: Path, memory: int | None,
-                 group: Group | None) -> None:  # fmt: skip
-        self.contestant, self.group = contestant, group
-        settings = json.dumps({"model": str(model), "memory": memory, **contestant.options})
-        command = [sys.executable, "-m", "bench.worker", contestant.kind, settings]
-        if group is not None:
-            command = ["sh", "-c", f'{group.enter} && exec "$0" "$@"', *command]
-        self.process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.card = self._answer()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last line says why
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        """The next line that is ours: libraries print where they like."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith('{"understudy-bench":'):
-                answer: dict[str, Any] = json.loads(line)["understudy-bench"]
-                if "error" in answer:
-                    raise Gone(answer["error"])
-                return answer
-        raise Gone(self._last_words())
-
-    def _last_words(self) -> str:
-        assert self.process.stderr is not None
-        code = self.process.wait()
-        lines = [line for line in self.process.stderr.read().splitlines() if line.strip()]
-        killed = "killed: out of memory inside its limit" if code in (-9, 137) else f"exit {code}"
-        return f"{killed}{': ' + lines[-1][:160] if lines and code != -9 else ''}"
-
-    def stop(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+TABLE = (
+    Contestant(ANCHOR, OWN, told=True),
+    Contestant(
+        "understudy-noprefetch",
+        OWN,
+        told=True,
+        where=("limited",),  # in RAM there is nothing to fetch
+        options={"predictor": "none"},
+    ),
+    Contestant("understudy-int8", OWN, "int8", "packed", told=True),
+    Contestant("understudy-int4", OWN, "int4", "packed", told=True),
+    Contestant("llama.cpp-bf16", LLAMA, "bf16", "gguf", ("llama_cpp", "gguf")),
+    Contestant("llama.cpp-q8_0", LLAMA, "q8_0", "gguf", ("llama_cpp", "gguf")),
+    Contestant("llama.cpp-q4_0", LLAMA, "q4_0", "gguf", ("llama_cpp", "gguf")),
+    Contestant("transformers", "bench.peers.plain:Transformers", where=("ram",)),
+    Contestant(
+        "accelerate",
+        "bench.peers.plain:Accelerated",
+        needs=("accelerate",),
+        told=True,
+        where=("limited",),
+        seconds=6.0,
+    ),
+)
+NAMES = tuple(one.name for one in TABLE)
 
 
-def named(names: Sequence[str]) -> list[Contestant]:
-    unknown = [name for name in names if name not in EVERYBODY]
-    if unknown:
-        raise SystemExit(f"no contestant {unknown[0]!r}; known: {', '.join(EVERYBODY)}")
-    return [EVERYBODY[name] for name in names]
+def chosen(names: str | None) -> list[Contestant]:
+    """Those named (all without names); a name may be a beginning: ``llama.cpp`` means all three."""
+    if names is None:
+        return list(TABLE)
+    found: dict[str, Contestant] = {}
+    for name in (part.strip() for part in names.split(",")):
+        exact = [one for one in TABLE if one.name == name]
+        meant = exact or [one for one in TABLE if one.name.startswith(name)]
+        if not meant:
+            raise UnderstudyError(f"no contestant {name!r}; use {', '.join(NAMES)}")
+        found.update({one.name: one for one in meant})
+    return [one for one in TABLE if one.name in found]
+
+
+class CannotRun(Exception):
+    """A contestant that is not here: a skipped row, never a failure. Its text is the reason."""
+
+
+def prepared(contestant: Contestant, twin: Path, bar: Bar) -> Path:
+    """What ``contestant`` reads of ``twin``, written now if it is not in the cache."""
+    missing = [one for one in contestant.needs if importlib.util.find_spec(one) is None]
+    if missing:
+        raise CannotRun(f"{missing[0]} is not installed; make bench-peers installs it")
+    if contestant.reads == "gguf":
+        return _as_gguf(contestant.format, twin, bar)
+    if contestant.reads == "packed":
+        return _packed(contestant.format, twin, bar)
+    return twin
+
+
+def _as_gguf(quantization: str, twin: Path, bar: Bar) -> Path:
+    from bench.peers import gguf_file
+
+    path = demo.cache_folder() / f"{twin.name}-{quantization}.gguf"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        demo.check_disk(path.parent, stored_bytes(twin))
+        gguf_file.write(twin, path, quantization, bar(f"writing {path.name}, once"))
+    return path
+
+
+def _packed(form: str, twin: Path, bar: Bar) -> Path:
+    """``understudy pack`` writes it, where this version has that command."""
+    path = demo.cache_folder() / f"{twin.name}-{form}"
+    if path.is_dir():
+        return path
+    if importlib.util.find_spec("understudy.packing") is None:
+        raise CannotRun(f"this version of Understudy cannot pack {form} experts")
+    from understudy.packing import pack
+
+    demo.check_disk(path.parent, stored_bytes(twin))
+    pack(twin, form, path, bar=bar)
+    return path

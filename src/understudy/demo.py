@@ -64,12 +64,18 @@ def cache_folder() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "understudy"
 
 
-def twin_of(model: Path, bar: Bar) -> Path:
-    """The wide twin of ``model``, made now if it is not in the cache."""
-    from understudy.widen import widen
+def twin_of(model: Path, bar: Bar, multiple: int | None = None) -> Path:
+    """The wide twin of ``model``, made now if it is not in the cache.
 
-    multiple, needed = twin_size(model)
-    twin = cache_folder() / f"{model.name}-{fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
+    ``multiple``: how many times wider its experts are; without it, about `TWIN_BYTES` in all.
+    """
+    from understudy.widen import twin_bytes, widen
+
+    if multiple is None:
+        multiple, needed = twin_size(model)
+    else:
+        needed = twin_bytes(model, HIDDEN_MULTIPLE, multiple)
+    twin = cache_folder() / f"{model.name}-{_fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
     if not twin.is_dir():
         check_disk(twin.parent, needed)
         twin.parent.mkdir(parents=True, exist_ok=True)

@@ -116,12 +116,19 @@ class Engine:
         on_text: Callable[[str], None] | None = None,
         ignore_eos: bool = False,
         keep_logits: bool = False,
+        dictated: Sequence[int] = (),
     ) -> Generation:
-        """Prompt -> tokens. ``temperature`` 0 is greedy. ``on_text`` gets text as it appears."""
+        """Prompt -> tokens. ``temperature`` 0 is greedy. ``on_text`` gets text as it appears.
+
+        ``dictated``: the tokens to answer with, whatever the model prefers; benchmarks let every
+        program continue the same real text.
+        """
         ids = self.encode(prompt)
         self._check_length(len(ids), max_new_tokens)
         settings = self._settings(temperature, top_p, stop, ignore_eos, keep_logits)
         settings["max_new_tokens"] = max_new_tokens
+        if dictated:
+            settings["logits_processor"] = [_Dictation(len(ids), dictated)]
         listener = _Listener(self.tokenizer, on_text, stop, self.model.understudy)
         before = self.model.understudy.counters
         with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode(), guest.quiet():
@@ -205,6 +212,21 @@ def _settled(text: str, stop: Sequence[str]) -> str:
         if any(s.startswith(text[-length:]) for s in stop):
             return text[:-length]
     return text
+
+
+class _Dictation:
+    """A logits processor that leaves one token to choose from."""
+
+    def __init__(self, start: int, tokens: Sequence[int]) -> None:
+        self._start, self._tokens = start, tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = input_ids.shape[1] - self._start
+        if place >= len(self._tokens):
+            return scores
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, self._tokens[place]] = 0.0
+        return scores
 
 
 class _Listener:

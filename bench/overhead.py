@@ -1,0 +1,204 @@
+"""How much Python does one MoE layer of a decode step cost, when nothing is computed or moved?
+
+    python bench/overhead.py [--models fine,coarse] [--steps 200] [--repeats 5] [--smoke] [--json]
+
+The seam is called directly with the routing of real text. Every expert is resident, so nothing is
+transferred; the experts' computation is replaced by nothing. What remains is the engine's own: the
+event, the decision, the book, the sum over ranks. Variants, in turns:
+
+    plain          speculation off
+    speculating    predictions from the next layer's scores, which are handed over
+    + routers      the same, and the next layer's own router is called, as in a real step
+
+The last line is JSON. Microseconds per MoE layer and decode step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from bench import card as cards
+from bench import show
+from understudy import bench as own_bench
+from understudy import demo
+from understudy.core import Forward, LayerEvent, Phase, UnderstudyError, current_forward
+from understudy.engine import Engine, inspect
+from understudy.experts.compute import Batch
+from understudy.policies.predict import SelfSwitch
+
+PLAIN, SPECULATING, ROUTERS = "plain", "speculating", "speculating + routers"
+COLUMNS = (
+    ("model", lambda r: r["model"]),
+    ("variant", lambda r: r["variant"]),
+    ("us per layer", lambda r: f"{r['us']:.1f}"),
+    ("min-max", lambda r: f"{r['us_min']:.1f}-{r['us_max']:.1f}"),
+)
+
+
+@contextmanager
+def no_compute() -> Iterator[None]:
+    """Experts answer at once; their outputs are whatever lay in memory."""
+    doing = {
+        name: getattr(Batch, name) for name in ("compute", "compute_many") if hasattr(Batch, name)
+    }
+    for name in doing:
+        setattr(Batch, name, lambda self, *arguments: None)
+    try:
+        yield
+    finally:
+        for name, method in doing.items():
+            setattr(Batch, name, method)
+
+
+def decode_events(engine: Engine, steps: int) -> list[LayerEvent]:
+    """Routing of real text, the prompt's events left out. Fills every slot on the way."""
+    (prompt,) = own_bench.prompts(engine, 1, 512)
+    engine.start_recording()
+    engine.generate(prompt, max_new_tokens=steps + 1, ignore_eos=True)
+    events = engine.stop_recording()
+    _make_resident(engine)
+    return [event for event in events if event.phase is Phase.DECODE]
+
+
+def _make_resident(engine: Engine) -> None:
+    """Ask every layer for every expert once."""
+    runtime, width = engine.model.understudy.runtime, _hidden(engine)
+    for layer, module in enumerate(engine.model.understudy.anatomy.modules):
+        ids = torch.arange(module.num_experts)[:, None]
+        x = torch.zeros(module.num_experts, width, dtype=engine.model.dtype)
+        runtime(layer, x, ids, torch.ones_like(ids, dtype=x.dtype))
+
+
+def _hidden(engine: Engine) -> int:
+    return int(engine.model.config.hidden_size)
+
+
+def steps_of(events: Sequence[LayerEvent]) -> list[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """Per step, per layer: the arguments of the seam."""
+    steps: dict[int, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    for event in events:
+        call = (event.layer, torch.tensor(event.ids), torch.tensor(event.weights))
+        steps.setdefault(event.step, []).append(call)
+    return list(steps.values())
+
+
+def seconds_per_layer(engine: Engine, steps: Sequence[Any], routers: bool) -> float:
+    """Call the seam for every step and layer; mean seconds of one call."""
+    runtime = engine.model.understudy.runtime
+    x = torch.zeros(1, _hidden(engine), dtype=engine.model.dtype)
+    calls, spent = 0, 0.0
+    for number, step in enumerate(steps):
+        forward = Forward(step=number, phase=Phase.DECODE, requests=(0,))
+        if routers:
+            forward.router_args = {layer: ((x,), {}) for layer, _, _ in step}
+        token = current_forward.set(forward)
+        runtime.begin(forward)
+        started = time.perf_counter()
+        for layer, ids, weights in step:
+            runtime(layer, x, ids, weights)
+        spent += time.perf_counter() - started
+        calls += len(step)
+        runtime.end(forward)
+        current_forward.reset(token)
+    return spent / calls
+
+
+def variants(engine: Engine, events: Sequence[LayerEvent]) -> dict[str, Callable[[], float]]:
+    """Name -> one measurement."""
+    runtime, steps = engine.model.understudy.runtime, steps_of(events)
+    real = runtime.lookahead.ask
+    following = {
+        event.layer: {later.layer: (later.ids, later.weights)}
+        for event, later in pairwise(events)
+        if later.layer == event.layer + 1
+    }
+
+    def plain() -> float:
+        runtime.director.switch = SelfSwitch(enabled=False)
+        return seconds_per_layer(engine, steps, routers=False)
+
+    def speculating() -> float:
+        runtime.director.switch = SelfSwitch(enabled=True, adaptive=False)
+        runtime.lookahead.ask = lambda forward, layer, depth, rows: following.get(layer, {})
+        try:
+            return seconds_per_layer(engine, steps, routers=False)
+        finally:
+            runtime.lookahead.ask = real
+
+    def with_routers() -> float:
+        runtime.director.switch = SelfSwitch(enabled=True, adaptive=False)
+        return seconds_per_layer(engine, steps, routers=True)
+
+    return {PLAIN: plain, SPECULATING: speculating, ROUTERS: with_routers}
+
+
+def measure(model: Path, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """The rows of one model; the first turn warms up."""
+    found = inspect(model)
+    memory = found.smallest_memory + found.experts * found.slot_bytes
+    with Engine(model, memory=memory) as engine, torch.inference_mode():
+        events = decode_events(engine, steps)
+        before = engine.model.understudy.counters
+        with no_compute():
+            ways = variants(engine, events)
+            taken: dict[str, list[float]] = {name: [] for name in ways}
+            for turn in range(repeats + 1):
+                for name, way in ways.items():
+                    seconds = way()
+                    if turn > 0:
+                        taken[name].append(1e6 * seconds)
+        moved = (engine.model.understudy.counters - before).bytes_read
+    if moved:
+        raise UnderstudyError(f"{moved} bytes were read where every expert should be resident")
+    return [
+        {
+            "model": model.name, "variant": name, "skipped": None, "rounds": len(us),
+            "us": round(median(us), 2), "us_min": round(min(us), 2), "us_max": round(max(us), 2),
+        }
+        for name, us in taken.items()
+    ]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", default="fine,coarse")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="fewer steps")
+    parser.add_argument("--json", action="store_true", help="print nothing but the last line")
+    if "--smoke" in sys.argv:
+        parser.set_defaults(steps=50, repeats=3)
+    options = parser.parse_args()
+    try:
+        folders = {name: demo.models_folder() / name for name in options.models.split(",")}
+        card = cards.card(folders, f"{options.steps} steps, {options.repeats} turns")
+        cards.show(card)
+        rows = [
+            row
+            for folder in folders.values()
+            for row in measure(folder, options.steps, options.repeats)
+        ]
+    except UnderstudyError as error:
+        show.say(f"error: {error}")
+        return 2
+    if not options.json:
+        print(show.table(rows, COLUMNS))
+    print(json.dumps({"rows": rows, "card": card}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Rows on a terminal: a table, then the ratios that have a target.
+
+Knows: how a row is read by a person, and the targets. Does not know: how rows came about.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from understudy.plan import shown_size
+
+Row = dict[str, Any]
+
+DECODE_COLUMNS = (
+    ("cell", lambda r: _cell(r)),
+    ("contestant", lambda r: r["contestant"]),
+    ("format", lambda r: r["format"]),
+    ("ms/token", lambda r: _ms(r["tpot_ms"])),
+    ("min-max", lambda r: f"{_ms(r['tpot_min_ms'])}-{_ms(r['tpot_max_ms'])}"),
+    ("TTFT", lambda r: _ms(r["ttft_ms"])),
+    ("read/token", lambda r: _size(r["bytes_per_token"])),
+    ("hits", lambda r: _percent(r["hit_rate"])),
+    ("stall", lambda r: _ms(r["stall_ms"])),
+    ("peak RSS", lambda r: _size(r["rss_bytes"])),
+    ("own", lambda r: _ms(r["floor_own_ms"])),
+    ("belady", lambda r: _ms(r["floor_belady_ms"])),
+    ("x own", lambda r: _times(r["over_floor_own"])),
+    ("bytes x belady", lambda r: _times(r["missed_over_belady"])),
+    ("x understudy", lambda r: _times(r["against"].get("understudy"))),
+)
+PREFILL_COLUMNS = (
+    ("cell", lambda r: _cell(r)),
+    ("contestant", lambda r: r["contestant"]),
+    ("format", lambda r: r["format"]),
+    ("TTFT ms", lambda r: _ms(r["ttft_ms"])),
+    ("min-max", lambda r: f"{_ms(r['ttft_min_ms'])}-{_ms(r['ttft_max_ms'])}"),
+    ("tokens/s", lambda r: f"{r['tokens_per_second']:.0f}"),
+    ("read", lambda r: _size(r["bytes_read"])),
+    ("x once", lambda r: _times(r["read_over_once"])),
+    ("stall", lambda r: _ms(r["stall_ms"])),
+    ("own", lambda r: _ms(r["floor_own_ms"])),
+    ("x own", lambda r: _times(r["over_floor_own"])),
+    ("x understudy", lambda r: _times(r["against"].get("understudy"))),
+)
+
+
+def table(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]]) -> str:
+    """Aligned columns; a skipped row is its reason."""
+    names = [name for name, _ in columns]
+    lines: list[list[str]] = []
+    notes: list[str] = []
+    for row in rows:
+        if row.get("skipped"):
+            what = f"stopped after {row['rounds']} rounds" if row.get("rounds") else "skipped"
+            notes.append(f"{_cell(row)} {row['contestant']}: {what}, {row['skipped']}")
+        if row.get("rounds"):
+            lines.append([show(row) for _, show in columns])
+    widths = [max(len(line[i]) for line in [names, *lines]) for i in range(len(names))]
+    text = [_aligned(line, widths) for line in [names, *lines]]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *notes])
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Words to the left, numbers to the right."""
+    padded = [
+        cell.ljust(width) if i < 3 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded).rstrip()
+
+
+# ----------------------------------------------------------------------------- what has a target
+
+
+def decode_ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """The ratios a person looks at first, by cell and name."""
+    out: dict[str, float] = {}
+    for row in rows:
+        if not row.get("rounds") or not row["contestant"].startswith("understudy"):
+            continue
+        against, cell = row["against"], _cell(row)
+        pairs = {
+            "understudy": ("llama.cpp-bf16", "transformers", "accelerate", "understudy-noprefetch"),
+            "understudy-int8": ("llama.cpp-q8_0",),
+            "understudy-int4": ("llama.cpp-q4_0",),
+        }.get(row["contestant"], ())
+        for other in pairs:
+            if other in against:
+                out[f"{cell} {row['contestant']} / {other}"] = against[other]
+        if row["budget_fraction"] is not None and row["contestant"] == "understudy":
+            out[f"{cell} measured / floor_own"] = row["over_floor_own"]
+            if row["missed_over_belady"] is not None:
+                out[f"{cell} missed / belady"] = row["missed_over_belady"]
+    return out
+
+
+def prefill_ratios(rows: Sequence[Row]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for row in rows:
+        if row.get("rounds") and row["contestant"] == "understudy":
+            for other, value in row["against"].items():
+                out[f"{_cell(row)} understudy / {other}"] = value
+            if row["read_over_once"] is not None and row["budget_fraction"] is not None:
+                out[f"{_cell(row)} read / once"] = row["read_over_once"]
+    return out
+
+
+def ratios_text(ratios: dict[str, float]) -> str:
+    return "\n".join(f"{name:60} {value:8.3f}" for name, value in ratios.items())
+
+
+# ----------------------------------------------------------------------------------------- progress
+
+
+def progress(label: str) -> Callable[[int, int], None]:
+    """A line on the standard error that counts on a terminal, and only ends elsewhere."""
+    live, shown = sys.stderr.isatty(), -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(1, total)
+        if percent == shown or (percent < 100 and not live):
+            return
+        shown = percent
+        end = "\n" if percent == 100 else ""
+        print(f"\r{label}: {percent} %", end=end, file=sys.stderr, flush=True)
+
+    return report
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------- cells
+
+
+def _cell(row: Row) -> str:
+    share = row["budget_fraction"]
+    return f"{row['model']}:{'ram' if share is None else f'{100 * share:g}'}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _size(value: float | None) -> str:
+    return "-" if value is None else shown_size(value)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
