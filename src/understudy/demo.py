@@ -75,7 +75,7 @@ def twin_of(model: Path, bar: Bar, multiple: int | None = None) -> Path:
         multiple, needed = twin_size(model)
     else:
         needed = twin_bytes(model, HIDDEN_MULTIPLE, multiple)
-    twin = cache_folder() / f"{model.name}-{_fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
+    twin = cache_folder() / f"{model.name}-{fingerprint(model)}-h{HIDDEN_MULTIPLE}-e{multiple}"
     if not twin.is_dir():
         check_disk(twin.parent, needed)
         twin.parent.mkdir(parents=True, exist_ok=True)
