@@ -73,6 +73,22 @@ class EngineOptions:
         int | None,
         option("--threads", help="Computing threads; default: torch's.", metavar="N", min=1),
     ] = None
+    kernel: Annotated[
+        str,
+        option(
+            "--kernel",
+            help="For few tokens: auto (measured), torch, native or native:N.",
+            metavar="NAME",
+        ),
+    ] = "auto"
+    frame: Annotated[
+        str,
+        option(
+            "--frame",
+            help="Decoder layers: auto (compiled from 1 GiB on), compiled, eager.",
+            metavar="NAME",
+        ),
+    ] = "auto"
     direct_io: Annotated[
         bool, option("--direct-io/--no-direct-io", help="Read past the page cache.")
     ] = True
