@@ -109,6 +109,8 @@ def _measure_once(file: Path, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch
         kept = {"rows": rows, "microseconds": times, "dtype": str(dtype)}
         with os.fdopen(descriptor, "w") as out:
             json.dump(kept, out)
+        if file.exists() and _read(file) is None:
+            file.unlink(missing_ok=True)  # damaged
         with suppress(FileExistsError):
             os.link(name, file)
     finally:
