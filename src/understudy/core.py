@@ -233,7 +233,8 @@ class LayerPlan:
     ``hits`` are READY now; ``late`` are on their way because somebody speculated; ``loads`` are
     issued in this order, before any speculation; ``order`` is the order in which experts *may* be
     computed first (the runtime takes whatever is READY, earliest in this order first);
-    ``prefetch`` replaces all queued speculation; ``skipped`` are left out by the resolver (lossy).
+    ``skipped`` are left out by the resolver (lossy). Speculation is asked for apart, once these
+    loads are on their way: look-ahead takes time that the link can already use.
     """
 
     event: LayerEvent
@@ -241,7 +242,6 @@ class LayerPlan:
     late: tuple[ExpertId, ...]
     loads: tuple[Load, ...]
     order: tuple[ExpertId, ...]
-    prefetch: tuple[Guess, ...] = ()
     skipped: tuple[ExpertId, ...] = ()
 
 
@@ -286,6 +286,17 @@ class Counters:
     def bytes_read(self) -> int:
         """Every byte asked of the slower tier, useful or not."""
         return self.demand_bytes + self.prefetch_bytes
+
+    @property
+    def prefetch_precision(self) -> float:
+        """Share of the speculated experts that somebody used while they were there."""
+        return self.prefetch_used / self.prefetch_issued if self.prefetch_issued else 0.0
+
+    @property
+    def prefetch_recall(self) -> float:
+        """Share of the experts that had to come from the slower tier that were speculated."""
+        needed = self.prefetch_used + self.misses
+        return self.prefetch_used / needed if needed else 0.0
 
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))

@@ -430,7 +430,7 @@ def _assemble(
     a: Anatomy, o: Options, plan: planning.Plan, model: Any
 ) -> tuple[Runtime, list[kernels.Choice]]:
     """Wire minds and hands: the one place that knows them all."""
-    lock = threading.Condition()
+    lock = threading.RLock()
     book = Residency(plan.slots)
     store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
     speculate = o.predictor != "none" and plan.slots < plan.experts
@@ -442,6 +442,7 @@ def _assemble(
         route=ROUTES.get("as-routed")(),
         switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),
         nbytes=store.nbytes,
+        ample=plan.slots >= plan.experts,
     )
     transfer = TransferQueue(
         book,
@@ -449,6 +450,7 @@ def _assemble(
         lock=lock,
         place=director.place,
         forget=director.forget,
+        wanted=director.wanted,
         threads=o.io_threads,
     )
     mlps, choice = _mlps(a, o, model)

@@ -64,3 +64,4 @@ def _carry_out(director: Director, event: LayerEvent) -> None:
         director.commit(load)
         director.book.launch(load.expert)
         director.book.land(load.expert)
+    director.foresee(plan.event)

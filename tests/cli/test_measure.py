@@ -159,7 +159,7 @@ def test_bench_compares_policies_in_turns(
     assert made == [
         ("lru", "none", 2),
         ("lfu", "none", None),
-        ("lru", "next-gate", None),
+        ("lrfu", "next-gate", None),
         ("lfru", "popularity", None),
     ]
     words = [line.split()[:2] for line in ended.out.splitlines()]

@@ -3,8 +3,9 @@
 Knows: the director (a mind), the transfer queue, the store, the expert MLPs, the clock. Does not
 know: transformers, or why a plan is what it is.
 
-    event -> decide -> start loads -> compute what is there, then each load as it lands
-          -> offer speculation to the idle link -> sum in fixed order -> release
+    event -> decide -> start loads -> compute what is there -> look ahead while loads fly, offer
+          speculation to the idle link -> compute each load as it lands -> sum in fixed order
+          -> release
 
 Look-up, load, compute and release of one event are one critical section; a forward that is parked
 outside it holds nothing. All state of one forward is in its `Forward`.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from understudy.core import (
     Counters,
     ExpertId,
     Forward,
+    Guess,
     LayerEvent,
     LayerPlan,
     Phase,
@@ -53,7 +55,7 @@ class Runtime:
         director: Director,
         store: Store,
         transfer: TransferQueue,
-        lock: threading.Condition,
+        lock: threading.RLock,
         mlps: Sequence[ExpertMlp],
         lookahead: Lookahead,
     ) -> None:
@@ -62,6 +64,7 @@ class Runtime:
         self.recording: list[LayerEvent] | None = None
         self._lock = lock
         self._section = threading.Lock()
+        self._costs = Costs()  # measured anew once per forward
         self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
 
     @property
@@ -118,43 +121,80 @@ class Runtime:
 
     def _describe(self, call: _Call) -> LayerEvent:
         """The call as plain values, for the minds."""
-        forward, meter = call.forward, self.transfer.meter
+        forward = call.forward
         phase = Phase.PREFILL if len(call.ids) > 1 else Phase.DECODE
-        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        if call.layer == 0:
+            meter = self.transfer.meter
+            self._costs = Costs(meter.bandwidth, meter.idle, self.transfer.queued)
         event = LayerEvent(
             step=forward.step if forward else self._clock.steps,
             layer=call.layer,
             phase=forward.phase if forward else phase,
             ids=call.ids.tolist(),
-            weights=call.weights.float().tolist(),
+            weights=_Rows(call.weights),
             requests=forward.requests if forward else (),
-            lookahead=self.lookahead.ask(forward, call.layer, depth, call.rows) if depth else {},
-            costs=Costs(meter.bandwidth, meter.idle, self.transfer.queued),
+            costs=self._costs,
         )
         if self.recording is not None:
+            event.weights = list(event.weights)  # tensors may be used again after this call
             self.recording.append(event)
         return event
 
     def _carry_out(self, call: _Call, event: LayerEvent, interrupts: Deferred) -> torch.Tensor:
-        mlp = self.mlps[call.layer]
         with self._lock:
-            self.transfer.speculate(())  # what was queued was a guess about now
             plan = self.director.decide(event)
-            errand = _Errand(self.director, self.transfer, plan)
+            errand = None
+            if not self.director.ample or len(plan.hits) < len(plan.order):
+                errand = _Errand(self.director, self.transfer, plan)
+        batch = self._batch(call, event, plan)
+        if errand is None:  # all are here, and nobody ever leaves
+            self._compute(batch, call, [(e, self._slot(e)) for e in plan.order])
+            return batch.sum()
         try:
-            batch = self._batch(call, event, plan)
-            while errand.todo:
-                with self._lock:
-                    ready = errand.next_ready(interrupts)
-                batch.compute_many([(e.expert, self.store.weights(e, s)) for e, s in ready], mlp)
-                with self._lock:
-                    for expert, _ in ready:
-                        errand.computed(expert)
+            self._errand(call, plan, errand, batch, interrupts)
             return batch.sum()
         finally:
             with self._lock:
                 errand.release()
             self._clock.stall_seconds += errand.stall_seconds
+
+    def _errand(
+        self, call: _Call, plan: LayerPlan, errand: _Errand, batch: Batch, interrupts: Deferred
+    ) -> None:
+        """Compute hits while loads fly, then each load as it lands. A free link gets its guesses
+        before anything is computed, a busy one after the hits: asking takes time."""
+        asked = False
+        while errand.todo:
+            with self._lock:
+                ready = errand.take_ready(interrupts)
+            if not asked and (not ready or not errand.loading):
+                asked = True
+                self._look_ahead(call, plan.event, errand)
+            if not ready:
+                with self._lock:
+                    ready = errand.next_ready(interrupts)
+            self._compute(batch, call, ready)
+            with self._lock:
+                errand.computed(ready)
+        if not asked:
+            self._look_ahead(call, plan.event, errand)
+
+    def _compute(self, batch: Batch, call: _Call, ready: Sequence[tuple[ExpertId, int]]) -> None:
+        found = [(e.expert, self.store.weights(e, slot)) for e, slot in ready]
+        batch.compute_many(found, self.mlps[call.layer])
+
+    def _slot(self, expert: ExpertId) -> int:
+        slot = self.director.book.slot(expert)
+        assert slot is not None
+        return slot.index
+
+    def _look_ahead(self, call: _Call, event: LayerEvent, errand: _Errand) -> None:
+        """Ask later routers, and offer what the minds make of it to the idle link."""
+        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        if depth:
+            event.lookahead = self.lookahead.ask(call.forward, call.layer, depth, call.rows)
+        with self._lock:
+            errand.offer(self.director.foresee(event))
 
     def _batch(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Batch:
         """The tokens by expert; what a policy changed about them is counted here."""
@@ -201,7 +241,8 @@ class _Errand:
     def __init__(self, director: Director, transfer: TransferQueue, plan: LayerPlan) -> None:
         self.director, self.transfer = director, transfer
         self.todo, self.waiting = list(plan.order), list(plan.loads)
-        self.prefetch = plan.prefetch
+        self.loading = bool(plan.loads or plan.late)
+        self.prefetch: Sequence[Guess] | None = None
         self.pinned: set[ExpertId] = set()
         self.stall_seconds = 0.0
         for expert in (*plan.hits, *plan.late):
@@ -210,12 +251,17 @@ class _Errand:
             transfer.promote(expert)
         self._start_loads()
 
-    def next_ready(self, interrupts: Deferred) -> list[tuple[ExpertId, int]]:
-        """All experts that are there, in order, with their slots; sleeps until one is."""
-        while True:
-            interrupts.check()
+    def take_ready(self, interrupts: Deferred) -> list[tuple[ExpertId, int]]:
+        """All experts that are there, in order, with their slots."""
+        interrupts.check()
+        if self.waiting:
             self._start_loads()
-            ready = self._take_ready()
+        return self._take_ready()
+
+    def next_ready(self, interrupts: Deferred) -> list[tuple[ExpertId, int]]:
+        """The same; sleeps until there is one."""
+        while True:
+            ready = self.take_ready(interrupts)
             if ready:
                 return ready
             started = time.perf_counter()
@@ -237,8 +283,20 @@ class _Errand:
         self.todo = later
         return ready
 
-    def computed(self, expert: ExpertId) -> None:
-        self._unpin(expert)
+    def computed(self, experts: Sequence[tuple[ExpertId, int]]) -> None:
+        for expert, _ in experts:
+            self._unpin(expert)
+
+    def offer(self, guesses: Sequence[Guess]) -> None:
+        """Speculation that replaces what is queued, once all loads of this event have started."""
+        self.prefetch = guesses
+        if not self.waiting:
+            self._offer()
+
+    def _offer(self) -> None:
+        if self.prefetch is not None:
+            self.transfer.speculate(self.prefetch)
+            self.prefetch = None
 
     def release(self) -> None:
         """However the event ended, it holds nothing any more."""
@@ -256,9 +314,8 @@ class _Errand:
             else:
                 later.append(load)
         self.waiting = later
-        if not later and self.prefetch:
-            self.transfer.speculate(self.prefetch)
-            self.prefetch = ()
+        if not later:
+            self._offer()
 
     def _pin(self, expert: ExpertId) -> None:
         self.director.book.pin(expert)
@@ -269,6 +326,22 @@ class _Errand:
         slot = self.director.book.slot(expert)
         if slot is not None and slot.pins:  # a failed load has already given its slot back
             self.director.book.unpin(expert)
+
+
+class _Rows(Sequence[Sequence[float]]):
+    """The rows of a tensor as plain values, for the few minds that look at them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tensor[index].float().tolist()
+
+    def __iter__(self) -> Iterator[list[float]]:
+        return iter(self._tensor.float().tolist())
 
 
 def _real_rows(forward: Forward | None, tokens: int) -> Any:

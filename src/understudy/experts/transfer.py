@@ -3,12 +3,15 @@
 Knows: jobs (expert + slot), their chunks, worker threads, the clock. Does not know: who should be
 loaded or leave; it asks `place` for a slot at the moment a speculation is issued.
 
-One condition guards the residency book and this queue. Workers hold it only between reads. Rules:
+One lock guards the residency book and this queue. Workers hold it only between reads. Two things
+are waited for: work (by workers) and landings (by whoever computes). Rules:
 
 * a demand goes before all speculation, chunk by chunk; speculation starts only when no demand is
-  queued or under way, in chunks of at most 1 MiB, so that a demand never waits long behind one
+  queued or under way, in chunks of at most 1 MiB, `SPECULATION_READS` at a time, so that a demand
+  never waits long behind one
 * a speculation takes its slot when it is issued, not when it is queued; queued ones are replaced by
   the next plan
+* a speculation whose layer came and did not need it is given up: the rest is not read
 * a demand for a speculation under way makes it a demand; one expert is never read twice at once
 * a failed speculation is forgotten; a failed demand raises in the forward that waits for it
 """
@@ -28,6 +31,7 @@ from understudy.policies.residency import Residency, Slot
 
 DEMAND_BLOCK = 2 << 20
 SPECULATION_BLOCK = 1 << 20
+SPECULATION_READS = 2  # as many as saturate the link; all of them delay a demand that comes now
 
 
 class Source(Protocol):
@@ -56,6 +60,7 @@ class _Job:
     expert: ExpertId
     chunks: deque[Chunk]
     speculative: bool
+    unread: int  # bytes not arrived yet
     launched: bool = False
     outstanding: int = 0  # chunks under way
     error: BaseException | None = None
@@ -102,13 +107,18 @@ class TransferQueue:
         book: Residency,
         source: Source,
         *,
-        lock: threading.Condition,
+        lock: threading.RLock,
         place: Callable[[Guess], Slot | None],
-        forget: Callable[[ExpertId], None],
+        forget: Callable[[ExpertId, int], None],
+        wanted: Callable[[ExpertId], bool] = lambda expert: True,
         threads: int = 4,
     ) -> None:
+        """``forget``: a load failed or was given up, with so many bytes to go. ``wanted``: whether
+        a speculation is still a guess about the future."""
         self.book, self.source, self.lock = book, source, lock
-        self._place, self._forget = place, forget
+        self.landed = threading.Condition(lock)
+        self._work_came = threading.Condition(lock)
+        self._place, self._forget, self._wanted = place, forget, wanted
         self.meter = Meter()
         self.cancelled = 0
         self._demand: deque[_Job] = deque()
@@ -117,6 +127,7 @@ class TransferQueue:
         self._jobs: dict[ExpertId, _Job] = {}
         self._errors: dict[ExpertId, BaseException] = {}
         self._demands_open = 0
+        self._speculating = 0  # chunks under way
         self._stop = False
         self._threads = [
             threading.Thread(target=self._work, name=f"understudy-io-{i}", daemon=True)
@@ -131,9 +142,10 @@ class TransferQueue:
         """Read ``expert`` into its reserved slot, after the demands already queued."""
         self.require_open()
         self._errors.pop(expert, None)  # of a forward that was interrupted before it saw it
-        self._demand.append(self._start(expert, slot, DEMAND_BLOCK, speculative=False))
+        job = self._start(expert, slot, DEMAND_BLOCK, speculative=False)
+        self._demand.append(job)
         self._demands_open += 1
-        self.lock.notify_all()
+        self._work_came.notify(len(job.chunks))
 
     def promote(self, expert: ExpertId) -> None:
         """Somebody needs a speculation that is under way: from now on it is a demand."""
@@ -144,14 +156,14 @@ class TransferQueue:
             self._demands_open += 1
             self._speculation = deque(j for j in self._speculation if j is not job)
             self._demand.appendleft(job)
-            self.lock.notify_all()
+            self._work_came.notify(len(job.chunks))
 
     def speculate(self, guesses: Sequence[Guess]) -> None:
         """Replace all queued speculation (not what is under way)."""
         self.cancelled += len(self._guesses)
         self._guesses = deque(guesses)
         if guesses and not self._demands_open:
-            self.lock.notify_all()
+            self._work_came.notify(SPECULATION_READS)
 
     def take_error(self, expert: ExpertId) -> BaseException | None:
         """Why the demand for ``expert`` failed, once; ``None`` if it did not."""
@@ -160,7 +172,7 @@ class TransferQueue:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until something landed or failed (spurious wake-ups are possible)."""
         self.require_open()
-        return self.lock.wait(timeout)
+        return self.landed.wait(timeout)
 
     def settle(self) -> None:
         """Wait until nothing is under way and nothing is queued."""
@@ -174,6 +186,11 @@ class TransferQueue:
             raise UnderstudyError("this model was closed; load it again to use it")
 
     @property
+    def busy(self) -> bool:
+        """Whether a demand is queued or under way."""
+        return self._demands_open > 0
+
+    @property
     def queued(self) -> int:
         return len(self._demand)
 
@@ -182,14 +199,16 @@ class TransferQueue:
         with self.lock:
             self._stop = True
             self._guesses.clear()
-            self.lock.notify_all()
+            self._work_came.notify_all()
+            self.landed.notify_all()
         for thread in self._threads:
             thread.join()
 
     # ---------------------------------------------------------------------------------- the workers
 
     def _start(self, expert: ExpertId, slot: Slot, block: int, *, speculative: bool) -> _Job:
-        job = _Job(expert, deque(self.source.chunks(expert, slot.index, block)), speculative)
+        chunks = deque(self.source.chunks(expert, slot.index, block))
+        job = _Job(expert, chunks, speculative, sum(len(c.view) for c in chunks))
         self._jobs[expert] = job
         return job
 
@@ -198,14 +217,14 @@ class TransferQueue:
             while not self._stop:
                 found = self._next()
                 if found is None:
-                    self.lock.wait()
+                    self._work_came.wait()
                     continue
                 self._carry(*found)
 
     def _next(self) -> tuple[_Job, Chunk] | None:
         job = self._first(self._demand)
-        if job is None and not self._demands_open:
-            job = self._first(self._speculation) or self._issue()
+        if job is None and not self._demands_open and self._speculating < SPECULATION_READS:
+            job = self._first(self._still_wanted()) or self._issue()
         if job is None:
             return None
         if not job.launched:
@@ -220,6 +239,16 @@ class TransferQueue:
             jobs.popleft()  # its last chunk is under way
         return jobs[0] if jobs else None
 
+    def _still_wanted(self) -> deque[_Job]:
+        """Speculation under way, without what the truth has overtaken."""
+        for job in [j for j in self._speculation if not self._wanted(j.expert)]:
+            if job.outstanding == 0 and job.chunks:
+                self._speculation.remove(job)
+                del self._jobs[job.expert]
+                self._forget(job.expert, job.unread)
+                self.landed.notify_all()  # somebody may wait for its slot
+        return self._speculation
+
     def _issue(self) -> _Job | None:
         while self._guesses:
             guess = self._guesses.popleft()
@@ -233,6 +262,8 @@ class TransferQueue:
     def _carry(self, job: _Job, chunk: Chunk) -> None:
         """Read one chunk without the lock; then, with it, see whether the job is done."""
         error: BaseException | None = None
+        speculative = job.speculative  # it may be promoted meanwhile
+        self._speculating += speculative
         self.meter.begin()
         self.lock.release()
         try:
@@ -242,7 +273,9 @@ class TransferQueue:
         finally:
             self.lock.acquire()
         self.meter.end(len(chunk.view))
+        self._speculating -= speculative
         job.outstanding -= 1
+        job.unread -= len(chunk.view)
         if error is not None:
             job.error = job.error or error
             job.chunks.clear()
@@ -264,7 +297,9 @@ class TransferQueue:
         if job.error is None:
             self.book.land(job.expert)
         else:
-            self._forget(job.expert)
+            self._forget(job.expert, job.unread)
             if not job.speculative:
                 self._errors[job.expert] = job.error
-        self.lock.notify_all()
+        self.landed.notify_all()
+        if not self._demands_open and (self._guesses or self._speculation):
+            self._work_came.notify(SPECULATION_READS)

@@ -5,6 +5,7 @@ method is called with the book's lock held. The engine and the simulator drive t
 
     plan = decide(event)      look up everything the event needs, before anything moves
     commit(load)              a demand load takes its slot (now, or when its victim was computed)
+    guesses = foresee(event)  once its loads are on their way: what comes after this event
     place(guess)              a speculation takes its slot, if it may, at the moment it is issued
 """
 
@@ -32,39 +33,57 @@ class Director:
         route: RouteTransform,
         switch: SelfSwitch,
         nbytes: Callable[[ExpertId], int],
+        ample: bool = False,
     ) -> None:
-        """``nbytes``: what a load of an expert moves, for the counters."""
+        """``nbytes``: what a load of an expert moves, for the counters. ``ample``: there is a slot
+        for every expert, so nobody ever leaves and the evictor is not asked."""
         self.book, self.evictor, self.predictor = book, evictor, predictor
         self.resolver, self.route, self.switch = resolver, route, switch
-        self.nbytes = nbytes
+        self.nbytes, self.ample = nbytes, ample
         self.counters = Counters()
         self._wanted: set[ExpertId] = set()  # predicted, and their layer has not come yet
 
     # ---------------------------------------------------------------------------------- one event
 
     def decide(self, event: LayerEvent) -> LayerPlan:
-        """Look up all experts of ``event`` at once, then plan loads, order and prefetch."""
+        """Look up all experts of ``event`` at once, then plan loads and order."""
         event = self.route.transform(event, self.book)
         needed = [ExpertId(event.layer, e) for e in event.needed()]
         hits, late, missing = self._look_up(needed)
-        self._count(event, hits, late, missing)
-        self.evictor.touch(event, needed)
-        # The truth about this layer is here; guesses about it protect nobody any more.
-        self._wanted = {e for e in self._wanted if e.layer != event.layer}
-        fetched = list(self.resolver.fetch(event, missing))
+        self._count(hits, late, missing)
+        if not self.ample:
+            self.evictor.touch(event, needed)
+        if self._wanted:
+            # The truth about this layer is here; guesses about it protect nobody any more.
+            self._wanted = {e for e in self._wanted if e.layer != event.layer}
+        fetched = list(self.resolver.fetch(event, missing)) if missing else []
         # Hits first: they are computed while the loads fly.
         order = hits + late + fetched
-        loads = self._place_loads(event, fetched, order, needed)
-        self.predictor.observe(event)
+        loads = self._place_loads(event, fetched, order, needed) if fetched else []
         return LayerPlan(
             event=event,
             hits=tuple(hits),
             late=tuple(late),
             loads=tuple(loads),
             order=tuple(order),
-            prefetch=self._speculate(event),
             skipped=tuple(e for e in missing if e not in fetched),
         )
+
+    def foresee(self, event: LayerEvent) -> tuple[Guess, ...]:
+        """Guesses worth issuing after ``event``, soonest and likeliest first. An empty answer
+        cancels the old ones. Asked once per event, after `decide`."""
+        self.predictor.observe(event)
+        guesses = self.predictor.predict(event) if self.switch.on else []
+        self._wanted = {g.expert for g in guesses}
+        useful = [
+            g for g in guesses if g.expert not in self.book and self.resolver.would_fetch(g.expert)
+        ]
+        useful.sort(key=lambda g: (g.layers_until, -g.probability))
+        return tuple(useful)
+
+    def wanted(self, expert: ExpertId) -> bool:
+        """Whether ``expert`` is predicted and its layer has not come yet."""
+        return expert in self._wanted
 
     def _look_up(
         self, needed: Sequence[ExpertId]
@@ -73,14 +92,15 @@ class Director:
         late: list[ExpertId] = []
         missing: list[ExpertId] = []
         for expert in needed:
-            state = self.book.state(expert)
-            group = hits if state is State.READY else missing if state is State.FREE else late
-            group.append(expert)
+            slot = self.book.slot(expert)
+            if slot is None:
+                missing.append(expert)
+            else:
+                (hits if slot.state is State.READY else late).append(expert)
         return hits, late, missing
 
     def _count(
         self,
-        event: LayerEvent,
         hits: Sequence[ExpertId],
         late: Sequence[ExpertId],
         missing: Sequence[ExpertId],
@@ -90,6 +110,8 @@ class Director:
         c.hits += len(hits)
         c.late += len(late)
         c.misses += len(missing)
+        if c.prefetch_issued == 0:
+            return
         for expert in (*hits, *late):
             slot = self.book.slot(expert)
             if slot is not None and slot.unused:
@@ -176,27 +198,23 @@ class Director:
             self.counters.prefetch_wasted += 1
             self.counters.wasted_bytes += self.nbytes(victim)
 
-    def forget(self, expert: ExpertId) -> None:
-        """Its load failed or was cancelled: the slot is free again."""
+    def forget(self, expert: ExpertId, unread: int = 0) -> None:
+        """Its load failed or was given up with ``unread`` bytes to go: the slot is free again."""
+        slot = self.book.slot(expert)
+        if slot is not None and slot.unused:
+            self.counters.prefetch_bytes -= unread
+            self.counters.prefetch_wasted += 1
+            self.counters.wasted_bytes += self.nbytes(expert) - unread
         self.book.fail(expert)
         self.evictor.remove(expert)
 
     # ------------------------------------------------------------------------------- speculation
 
-    def _speculate(self, event: LayerEvent) -> tuple[Guess, ...]:
-        """Guesses worth issuing, soonest and likeliest first. An empty answer cancels the old."""
-        guesses = self.predictor.predict(event) if self.switch.on else []
-        self._wanted = {g.expert for g in guesses}
-        useful = [
-            g for g in guesses if g.expert not in self.book and self.resolver.would_fetch(g.expert)
-        ]
-        useful.sort(key=lambda g: (g.layers_until, -g.probability))
-        return tuple(useful)
-
     def place(self, guess: Guess) -> Slot | None:
         """Take a slot for a speculation at the moment it is issued; ``None``: it may not.
 
-        It evicts nobody who is predicted too, in flight or pinned.
+        It evicts nobody who is predicted too, in flight or pinned, nor anybody whom the evictor
+        thinks likelier to be used.
         """
         expert = guess.expert
         if expert in self.book or expert not in self._wanted:
@@ -206,7 +224,7 @@ class Director:
             victim = next(
                 (v for v in victims if v not in self._wanted and self.book.evictable(v)), None
             )
-            if victim is None:
+            if victim is None or (self.evictor.chance(victim) or 0.0) > guess.probability:
                 return None
             self._evict(victim)
         slot = self.book.reserve(expert, unused=True)

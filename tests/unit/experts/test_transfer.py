@@ -103,22 +103,30 @@ class Desk:
     """A queue with a book and the simplest possible minds."""
 
     def __init__(self, source: Valve, *, slots: int = 4, threads: int = 1) -> None:
-        self.source, self.book, self.lock = source, Residency(slots), threading.Condition()
+        self.source, self.book = source, Residency(slots)
         self.placed: list[ExpertId] = []
+        self.overtaken: set[ExpertId] = set()
+        self.given_up: list[tuple[ExpertId, int]] = []
         self.queue = TransferQueue(
             self.book,
             source,
-            lock=self.lock,
+            lock=threading.RLock(),
             place=self.place,
-            forget=self.book.fail,
+            forget=self.forget,
+            wanted=lambda expert: expert not in self.overtaken,
             threads=threads,
         )
+        self.lock = self.queue.landed
 
     def place(self, guess: Guess) -> Slot | None:
         if guess.expert in self.book or not self.book.free:
             return None
         self.placed.append(guess.expert)
         return self.book.reserve(guess.expert, unused=True)
+
+    def forget(self, expert: ExpertId, unread: int) -> None:
+        self.given_up.append((expert, unread))
+        self.book.fail(expert)
 
     def demand(self, *experts: ExpertId) -> None:
         with self.lock:
@@ -575,3 +583,29 @@ def test_stress(seed: int, threads: int) -> None:
     assert source.collisions == 0
     assert served > 60
     assert failed > 0
+
+
+# ------------------------------------------------------------------ what the truth has overtaken
+
+
+def test_a_speculation_that_the_truth_overtook_is_given_up() -> None:
+    source = Valve(4 * MIB)
+    with desk(source) as d:
+        d.speculate(A)
+        (first,) = source.expect(A)
+        d.overtaken.add(A)
+        source.let(first)
+        d.until(lambda: A not in d.book)
+        assert d.given_up == [(A, 3 * MIB)]
+        assert len(source.begun) == 1
+
+
+def test_speculation_leaves_room_for_a_demand() -> None:
+    source = Valve(8 * MIB)
+    with desk(source, threads=4) as d:
+        d.speculate(A)
+        source.expect(A, A)  # two reads of 1 MiB, however many workers there are
+        d.demand(B)
+        source.expect(A, A, B, B)
+        source.open_up()
+        d.until(lambda: d.book.ready(B))

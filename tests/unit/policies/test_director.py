@@ -56,6 +56,10 @@ def direct(
     )
 
 
+def foreseen(director: Director, e: LayerEvent) -> tuple[Guess, ...]:
+    return director.foresee(director.decide(e).event)
+
+
 def arrive(director: Director, *experts: ExpertId) -> None:
     for expert in experts:
         director.book.launch(expert)
@@ -88,6 +92,7 @@ def carry_out(director: Director, e: LayerEvent, dice: random.Random | None = No
             book.unpin(ready[0])
         book.check_integrity()
     assert not waiting
+    director.foresee(plan.event)
     book.check_integrity(idle=True)
     return plan
 
@@ -110,7 +115,7 @@ def test_hit_late_and_missing() -> None:
     d = direct(4, {0: [guess(1, 1)]})
     carry_out(d, event(0, 0))
     carry_out(d, event(1, 0))
-    d.decide(event(0, 0))  # now (1, 1) is wanted
+    foreseen(d, event(0, 0))  # now (1, 1) is wanted
     assert d.place(guess(1, 1)) is not None
     d.book.launch(ExpertId(1, 1))
     plan = d.decide(event(1, 0, 1, 2))
@@ -219,7 +224,7 @@ def test_guesses_worth_issuing_soonest_and_likeliest_first() -> None:
     ]
     d = direct(6, {0: script})
     carry_out(d, event(1, 2))  # resident already
-    assert d.decide(event(0, 0)).prefetch == (script[2], script[1], script[0])
+    assert foreseen(d, event(0, 0)) == (script[2], script[1], script[0])
 
 
 def test_what_would_not_be_fetched_is_not_prefetched() -> None:
@@ -228,12 +233,12 @@ def test_what_would_not_be_fetched_is_not_prefetched() -> None:
             return expert.expert % 2 == 1
 
     d = direct(6, {0: [guess(1, 0), guess(1, 1)]}, resolver=OddOnly())
-    assert d.decide(event(0, 0)).prefetch == (guess(1, 1),)
+    assert foreseen(d, event(0, 0)) == (guess(1, 1),)
 
 
 def test_a_switched_off_predictor_is_not_asked() -> None:
     d = direct(4, {0: [guess(1, 0)]}, speculate=False)
-    assert d.decide(event(0, 0)).prefetch == ()
+    assert foreseen(d, event(0, 0)) == ()
     assert d.place(guess(1, 0)) is None
 
 
@@ -268,18 +273,38 @@ def test_speculation_evicts_the_oldest_but_nobody_predicted() -> None:
     assert d.counters.evictions == 1
 
 
+def test_a_guess_replaces_nobody_likelier() -> None:
+    d = direct(1, {0: [guess(1, 0, 0.1), guess(1, 1, 0.2)]}, evictor="lrfu")
+    carry_out(d, event(0, 0))  # used just now: 0.25 x 0.5 + 0.75 x 0.02 = 0.14
+    assert d.place(guess(1, 0, 0.1)) is None
+    assert d.place(guess(1, 1, 0.2)) is not None
+
+
+def test_a_speculation_given_up_counts_what_was_read() -> None:
+    d = direct(2, {0: [guess(1, 0)]})
+    carry_out(d, event(0, 0))
+    d.place(guess(1, 0))
+    d.book.launch(ExpertId(1, 0))
+    d.forget(ExpertId(1, 0), SIZE - 3)
+    c = d.counters
+    assert (c.prefetch_bytes, c.wasted_bytes, c.prefetch_wasted) == (3, 3, 1)
+    d.book.check_integrity(idle=True)
+
+
 def test_speculation_finds_no_slot_among_the_predicted() -> None:
     d = direct(2, {2: [guess(3, 1), guess(0, 0), guess(1, 0)]})
     carry_out(d, event(0, 0))
     carry_out(d, event(1, 0))
-    d.decide(event(2, 0))
+    foreseen(d, event(2, 0))
     assert d.place(guess(3, 1)) is None
     assert there(d) == {(0, 0), (1, 0)}
 
 
 def test_speculation_evicts_nobody_pinned_or_in_flight() -> None:
     d = direct(2, {0: [guess(1, 0)]})
-    (first, second) = d.decide(event(0, 0, 1)).loads
+    plan = d.decide(event(0, 0, 1))
+    (first, second) = plan.loads
+    d.foresee(plan.event)
     d.commit(first)
     d.commit(second)
     assert d.place(guess(1, 0)) is None  # reserved
