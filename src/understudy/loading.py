@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from understudy import formats, frame
+from understudy import dense, formats, frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.checkpoint import Checkpoint, ExpertsModule
@@ -152,6 +152,11 @@ class Anatomy:
         known = self.bones.state_dict()
         made: int = sum(b.nbytes for name, b in self.bones.named_buffers() if name not in known)
         return floats + others + made
+
+    def unpacked_dense(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """The dense weights, where transformers could not read them as they are stored."""
+        parts = self.checkpoint, self.bones, self.modules
+        return dense.weights(*parts, dtype) if dense.is_quantised(*parts) else None
 
     def context(self, asked: int | None) -> int:
         """Tokens to plan for: what was asked, else the smaller of the model's and 4096."""
@@ -334,7 +339,11 @@ def load(
     estimate = guest.kv_cache_estimate(anatomy.checkpoint.config, context, dtype.itemsize)
     _fit(anatomy, chosen, total, anatomy.dense_bytes(dtype), estimate, context, dtype)
     model = guest.load_guest(
-        anatomy.checkpoint.path, anatomy.checkpoint.config, anatomy.bones, dtype
+        anatomy.checkpoint.path,
+        anatomy.checkpoint.config,
+        anatomy.bones,
+        dtype,
+        anatomy.unpacked_dense(dtype),
     )
     kv = guest.kv_cache_bytes(model, context)
     if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):

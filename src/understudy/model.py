@@ -204,12 +204,26 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_guest(path: Path, config: Any, bones: nn.Module, dtype: Any = "auto") -> Any:
-    """Load the dense weights through `from_pretrained`. ``bones``: the skeleton, for classes."""
+def load_guest(
+    path: Path,
+    config: Any,
+    bones: nn.Module,
+    dtype: Any = "auto",
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Any:
+    """Load the dense weights through `from_pretrained`. ``bones``: the skeleton, for classes;
+    ``weights``: instead of those in the files."""
     with quiet(), _without_experts(bones):
         model, report = architecture(config).from_pretrained(
-            path, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+            path if weights is None else None,
+            config=config,
+            dtype=dtype,
+            state_dict=weights,
+            local_files_only=True,
+            output_loading_info=True,
         )
+        if weights is not None and model.can_generate():
+            _read_generation_config(model, path)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -220,6 +234,12 @@ def load_guest(path: Path, config: Any, bones: nn.Module, dtype: Any = "auto") -
         module.config._experts_implementation_internal = IMPLEMENTATION
     _take_home(model)
     return _make_lodger(model.eval().requires_grad_(False))
+
+
+def _read_generation_config(model: Any, path: Path) -> None:
+    """What `from_pretrained` reads beside the weights, where it was given the weights."""
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
 
 
 def _take_home(model: nn.Module) -> None:

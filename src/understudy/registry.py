@@ -130,6 +130,7 @@ FORMATS = Registry(
         "int4": "understudy.formats.int4:INT4",
         "mxfp4": "understudy.formats.mxfp4:MXFP4",
         "ct-int4": "understudy.formats.ct_int4:CT_INT4",
+        "fp8": "understudy.formats.fp8:FP8",
     },
     group="understudy.formats",
 )

@@ -116,7 +116,17 @@ def test_other_kinds_are_refused(
         Checkpoint.open(tmp_path)
 
 
-def test_quantised_attention_is_refused_by_name(source: Path, tmp_path: Path) -> None:
-    write(source, tmp_path, re.compile(r".*(experts\.\d+\.w[123]|[qo]_proj)\.weight"))
-    with pytest.raises(QuantizedExperts, match=r"self_attn.*_packed is quantised .*experts only"):
-        understudy.load(tmp_path, memory="1GiB")
+def test_attention_may_be_quantised_too(source: Path, tmp_path: Path) -> None:
+    """Dense codes are unpacked once, at load."""
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "plain").mkdir()
+    everything = re.compile(r".*(experts\.\d+\.w[123]|[qo]_proj)\.weight")
+    rounded = write(source, tmp_path / "packed", everything)
+    for file in source.glob("*.json"):
+        (tmp_path / "plain" / file.name).write_bytes(file.read_bytes())
+    whole = load_file(source / WEIGHTS) | rounded
+    save_file(whole, tmp_path / "plain" / WEIGHTS, {"format": "pt"})
+    expected = logits(configs.load("mixtral", tmp_path / "plain"))
+    with understudy.load(tmp_path / "packed", memory="1GiB", slots=3) as model:
+        found = logits(model)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

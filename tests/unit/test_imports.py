@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 FLOORS: list[list[set[str]]] = [
     [{"core", "registry"}],
     [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}],
-    [{"experts"}, {"model", "families", "frame"}],
+    [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}],
     [{"engine", "loading", "evaluate", "packing"}],
     [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -89,13 +90,23 @@ class Checkpoint:
         return _layouts.layouts(self.tensors, model, modules, self.scheme)
 
     def dense(self, model: Any, modules: Sequence[ExpertsModule]) -> tuple[TensorInfo, ...]:
-        """The stored tensors that the model keeps resident."""
-        return _layouts.dense(self.tensors, model, modules)
+        """The stored tensors that the model keeps resident; of quantised ones the codes."""
+        return tuple(info for _, info, _ in self.dense_parts(model, modules))
+
+    def dense_parts(
+        self, model: Any, modules: Sequence[ExpertsModule]
+    ) -> list[tuple[str, TensorInfo, TensorInfo | None]]:
+        """The same with the name that a plain checkpoint gives each, and the scales of codes."""
+        return _layouts.dense(self.tensors, model, modules, self.scheme)
 
     def dense_bytes(self, model: Any, modules: Sequence[ExpertsModule]) -> dict[str, int]:
         """Bytes of the stored tensors that the model keeps resident, by safetensors dtype, so that
-        a caller can work out what they take in another one."""
+        a caller can work out what they take in another one. Codes count as the numbers that they
+        are unpacked to, in fp32."""
         total: Counter[str] = Counter()
-        for tensor in self.dense(model, modules):
-            total[tensor.dtype] += tensor.nbytes
+        for _, tensor, scales in self.dense_parts(model, modules):
+            if scales is None or self.scheme is None:
+                total[tensor.dtype] += tensor.nbytes
+            else:
+                total["F32"] += 4 * self.scheme.per_code * prod(tensor.shape)
         return dict(total)

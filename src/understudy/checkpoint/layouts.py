@@ -37,7 +37,9 @@ MAX_PIECES = 16  # views per parameter; more means that the bytes lie scattered
 TORCH_DTYPE = MappingProxyType(  # dtypes in which an expert can be computed, safetensors -> torch
     {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 )
-CODE_DTYPE = MappingProxyType({**TORCH_DTYPE, "U8": "uint8", "F8_E8M0": "uint8", "I32": "int32"})
+CODE_DTYPE = MappingProxyType(
+    {**TORCH_DTYPE, "U8": "uint8", "F8_E8M0": "uint8", "I32": "int32", "F8_E4M3": "float8_e4m3fn"}
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,6 @@ def _quantised_layouts(
         for m in modules
     ]
     of_codes = _renamed(tensors, scheme, scheme.codes, scheme.scales)
-    _refuse_quantised_dense(of_codes, model, codes, scheme)
     addresses = _addresses(of_codes, model, codes, CODE_DTYPE, scheme.codes)
     addresses = {n: a.flatten(2) if a.ndim > 3 else a for n, a in addresses.items()}
     of_scales = _addresses(
@@ -122,18 +123,6 @@ def _quantised_layouts(
         for expert, layout in _module_layouts(stored, addresses, unite=False):
             found[expert] = replace(layout, format=scheme.format)
     return found
-
-
-def _refuse_quantised_dense(
-    renamed: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule], scheme: Scheme
-) -> None:
-    """Dense weights are loaded by transformers, which is not told how to read codes."""
-    for info in dense(renamed, model, modules):
-        if scheme.plain_name(info.name, scheme.codes) is not None:
-            raise QuantizedExperts(
-                f"{info.name} is quantised ({scheme.format}) and belongs to no expert, which is"
-                " not supported: use a version of this model that is quantised in its experts only"
-            )
 
 
 def _matrices(params: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -162,11 +151,22 @@ def _renamed(
 
 
 def dense(
-    tensors: Mapping[str, TensorInfo], model: Any, modules: Sequence[ExpertsModule]
-) -> tuple[TensorInfo, ...]:
-    """The stored tensors that the other parameters of the model are made of. Tensors the model has
-    no use for (extra heads, layers for speculative decoding) are not among them."""
-    return _collect(tensors, model, _wanted(modules))[1]
+    tensors: Mapping[str, TensorInfo],
+    model: Any,
+    modules: Sequence[ExpertsModule],
+    scheme: Scheme | None = None,
+) -> list[tuple[str, TensorInfo, TensorInfo | None]]:
+    """The stored tensors that the other parameters of the model are made of: the name a plain
+    checkpoint gives it, the tensor, and its scales where it is codes. Tensors the model has no use
+    for (extra heads, layers for speculative decoding) are not among them."""
+    if scheme is None:
+        return [(t.name, t, None) for t in _collect(tensors, model, _wanted(modules))[1]]
+    renamed = _renamed(tensors, scheme, scheme.codes, scheme.scales)
+    names = {info.name: name for name, info in renamed.items()}
+    return [
+        (names[t.name], t, tensors.get(scheme.scales_name(t.name)))
+        for t in _collect(renamed, model, _wanted(modules))[1]
+    ]
 
 
 # ------------------------------------------------------------------- names: which tensor goes where

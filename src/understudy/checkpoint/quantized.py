@@ -15,7 +15,10 @@ from understudy.checkpoint.files import MANIFEST
 from understudy.core import QuantizedExperts
 
 PACKED = "understudy"  # the method that `understudy pack` writes, so that others do not misread it
-SUPPORTED = "MXFP4 (gpt-oss), compressed-tensors int4 (Kimi) and the output of `understudy pack`"
+SUPPORTED = (
+    "MXFP4 (gpt-oss), FP8 in blocks of 128 (DeepSeek), compressed-tensors int4 (Kimi) and what"
+    " `understudy pack` writes"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +27,8 @@ class Scheme:
 
     ``codes`` and ``scales``: the endings of the names of its two tensors, where a plain checkpoint
     would have the ending ``plain``. ``group``: weights of a row that share a scale (0: all);
-    ``block``: codes that a checkpoint keeps on an axis of their own; ``per_code``: weights in one
-    element of the codes.
+    ``rows``: rows that share it; ``per_code``: weights in one element of the codes; ``block``:
+    codes that a checkpoint keeps on an axis of their own.
     """
 
     format: str
@@ -35,6 +38,7 @@ class Scheme:
     group: int
     per_code: int
     block: int = 0
+    rows: int = 1
 
     def plain_name(self, name: str, ending: str) -> str | None:
         """What a plain checkpoint would call this tensor, if it has this ending."""
@@ -45,10 +49,19 @@ class Scheme:
         return (out, codes // self.block, self.block) if self.block else (out, codes)
 
     def scales_shape(self, out: int, inner: int) -> tuple[int, ...]:
-        return out, inner // self.group if self.group else 1
+        return -(-out // self.rows), -(-inner // self.group) if self.group else 1
+
+    def scales_shape_of(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of codes [out, n]."""
+        return self.scales_shape(codes[0], codes[1] * self.per_code)
+
+    def scales_name(self, name: str) -> str:
+        """What the scales are called whose codes are called ``name``."""
+        return name.removesuffix(self.codes) + self.scales
 
 
 MXFP4 = Scheme("mxfp4", "", "_blocks", "_scales", group=32, per_code=2, block=16)
+FP8 = Scheme("fp8", ".weight", ".weight", ".weight_scale_inv", group=128, per_code=1, rows=128)
 
 
 def scheme_of(path: Path, raw: Mapping[str, Any]) -> Scheme | None:
@@ -60,6 +73,8 @@ def scheme_of(path: Path, raw: Mapping[str, Any]) -> Scheme | None:
         method = found.get("quant_method", "?") if isinstance(found, dict) else "?"
         if method == "mxfp4":
             return MXFP4
+        if method == "fp8":
+            return _fp8(path, found)
         if method == "compressed-tensors":
             return _compressed_tensors(path, found)
         if method == PACKED and (path / MANIFEST).is_file():
@@ -73,6 +88,15 @@ def refusal(path: Path, what: str) -> QuantizedExperts:
         f"{path} is quantised ({what}), which is not supported: use the bf16 or fp16 version of"
         f" this model; of quantised ones {SUPPORTED} run"
     )
+
+
+def _fp8(path: Path, found: Mapping[str, Any]) -> Scheme:
+    """Blocks of 128 x 128; activations are not rounded here, so how others do it does not matter,
+    unless their scales are part of the checkpoint."""
+    block = list(found.get("weight_block_size") or ())
+    if block != [128, 128] or found.get("activation_scheme", "dynamic") != "dynamic":
+        raise refusal(path, f"fp8 in blocks of {block or 'whole matrices'}")
+    return FP8
 
 
 def _compressed_tensors(path: Path, found: Mapping[str, Any]) -> Scheme:

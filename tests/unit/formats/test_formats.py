@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tensors
 
 from understudy import formats
 from understudy.core import STORED, UnknownName
 from understudy.formats import CannotPack, int4
+from understudy.registry import FORMATS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -141,6 +143,31 @@ def test_mxfp4_has_the_bits_of_transformers(dtype: torch.dtype) -> None:
     assert tuple(FP4_VALUES) == formats.mxfp4.VALUES
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("shape", [(256, 384), (128, 128), (96, 64)])
+def test_fp8_has_the_bits_of_transformers(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    codes, scales = parts("fp8", matrix(*shape))
+    theirs = Fp8Dequantize(None)._dequantize_one(codes, scales, dtype)
+    assert formats.get("fp8").unpack(codes, scales, dtype).equal(theirs)
+
+
+def test_fp8_blocks_may_be_cut_short() -> None:
+    weights = matrix(130, 200)
+    codes, scales = parts("fp8", weights)
+    assert scales.shape == (2, 2)
+    back = formats.get("fp8").unpack(codes, scales, torch.float32)
+    for row, column in ((0, 0), (127, 127), (128, 127), (127, 128), (129, 199)):
+        by_hand = codes[row, column].float() * scales[row // 128, column // 128]
+        assert back[row, column] == by_hand
+    assert bool(((back - weights).abs() <= weights.abs() / 16 + scales.max() / 100).all())
+
+
+def test_fp8_scales_may_be_exponents() -> None:
+    codes = torch.tensor([[1.0, -2.0]]).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[130]], dtype=torch.uint8)
+    assert formats.get("fp8").unpack(codes, scales, torch.float32).tolist() == [[8.0, -16.0]]
+
+
 # ---------------------------------------------------------------------------------- error bounds
 
 SHAPES = st.tuples(st.integers(1, 6), st.sampled_from([32, 64, 96, 160]))
@@ -184,7 +211,9 @@ def test_mxfp4_error_is_bounded(shape: tuple[int, int], seed: int, scale: float)
     assert again_codes.equal(codes)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "mxfp4", "ct-int4", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "mxfp4", "ct-int4", "fp8", "bf16", "fp16", "fp32"]
+)
 def test_sizes_are_foretold(name: str) -> None:
     found = formats.get(name)
     for out, inner in ((3, 64), (2, 96), (5, 32)):
