@@ -47,6 +47,7 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         *("run", "model", "hi", "--memory", "1MiB", "--prefetch", "last-token", "--depth", "2"),
         *("--evictor", "lfu", "--io-threads", "8", "--no-direct-io", "--dtype", "float32"),
         *("--max-context", "200", "--prefill-chunk-size", "64", "--threads", "1"),
+        *("--kernel", "native:4", "--frame", "eager"),
     )
     settings = engine.Engine.made[0]
     del settings["on_status"]
@@ -54,6 +55,8 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         "memory": "1MiB",
         "max_context": 200,
         "evictor": "lfu",
+        "kernel": "native:4",
+        "frame": "eager",
         "predictor": "last-token",
         "depth": 2,
         "io_threads": 8,
