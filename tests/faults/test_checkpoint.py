@@ -173,7 +173,7 @@ def test_no_weights(folder: Path) -> None:
 def test_quantised_by_config(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method})
     text = refusal(QuantizedExperts, Checkpoint.open, folder)
-    assert f"({method})" in text
+    assert f"quantised ({method}" in text
     assert "bf16" in text
 
 

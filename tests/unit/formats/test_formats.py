@@ -210,9 +210,7 @@ def test_mxfp4_error_is_bounded(shape: tuple[int, int], seed: int, scale: float)
     assert again_codes.equal(codes)
 
 
-@pytest.mark.parametrize(
-    "name", ["int8", "int4", "mxfp4", "ct-int4", "fp8", "bf16", "fp16", "fp32"]
-)
+@pytest.mark.parametrize("name", FORMATS.builtin_names)
 def test_sizes_are_foretold(name: str) -> None:
     found = formats.get(name)
     for out, inner in ((3, 64), (2, 96), (5, 32)):
