@@ -14,6 +14,7 @@ from transformers.integrations.mxfp4 import FP4_VALUES, convert_moe_packed_tenso
 from understudy import formats
 from understudy.core import STORED, UnknownName
 from understudy.formats import CannotPack, int4
+from understudy.registry import FORMATS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
