@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def point(cell: Cell, model: Path, options: argparse.Namespace, card: dict[str, 
     course = contest.texts(model, options.repeats + 1, options.prompt_tokens, options.new_tokens)
     rates = Rates(places.weight_files(model)[0], min(8 << 20, facts["expert_bytes"]))
     limited = why_not() is None
-    own = chosen(ANCHOR)[:1]
+    # Compiled for every point: by itself the engine leaves small models eager, and the curve would
+    # then show where it changes its mind.
+    own = [replace(chosen(ANCHOR)[0], options={"frame": "compiled"})]
     score = play(cell, model, own, course, rates, show.progress, show.say, limited=limited)
     (row,) = decode_rows(score, facts["active_bytes"], places.stored_bytes(model))
     if not row.get("rounds"):
