@@ -219,8 +219,11 @@ class Patient:
 
     def __call__(self, *args: Any) -> torch.Tensor:
         queue, lock = self.runtime.transfer, self.runtime._lock
+        patience = time.monotonic() + 10
         with lock:
-            assert lock.wait_for(lambda: not queue._guesses and not queue._jobs, 10)
+            while queue._guesses or queue._jobs:
+                assert time.monotonic() < patience
+                queue.landed.wait(0.05)
         found: torch.Tensor = self.runtime(*args)
         return found
 

@@ -156,7 +156,7 @@ def _weights(layout: ExpertLayout) -> Weights:
         )
         for part in weights[name]:
             if part.is_floating_point():
-                part.normal_(std=0.02)
+                part.copy_(0.02 * torch.randn(part.shape))  # float8 has no normal_ of its own
             else:
                 part.random_(0, 100)
     return weights

@@ -146,11 +146,12 @@ class Runtime:
             errand = None
             if not self.director.ample or len(plan.hits) < len(plan.order):
                 errand = _Errand(self.director, self.transfer, plan)
-        batch = self._batch(call, event, plan)
         if errand is None:  # all are here, and nobody ever leaves
+            batch = self._batch(call, event, plan)
             self._compute(batch, call, [(e, self._slot(e)) for e in plan.order])
             return batch.sum()
         try:
+            batch = self._batch(call, event, plan)
             self._errand(call, plan, errand, batch, interrupts)
             return batch.sum()
         finally:
