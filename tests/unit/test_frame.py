@@ -34,7 +34,7 @@ def test_compiled_layers_answer_as_eager_ones_and_alike_under_every_budget() -> 
     compiled, facts = logits("100%", "compiled", predictor="none")
     assert facts["frame"] == "10 layers compiled"
     assert (compiled - eager).abs().max() <= 1e-4 * eager.abs().max()
-    small, facts = logits("40%", "compiled", predictor="next-gate", self_switch=False)
+    small, facts = logits("40MiB", "compiled", predictor="next-gate", self_switch=False)
     assert torch.equal(small, compiled)
     # The routers of later layers are asked from inside compiled code, too.
     assert facts["lookahead_unavailable"] == {} and int(str(facts["issued"])) > 0
