@@ -178,8 +178,8 @@ class _Recorder:
     """Watches one eager decode step. While ``number`` is set it is a trace: attention and experts
     become operators that are told the number of their layer."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
-        self.model, self.layers = model, layers
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
         self.sites = [_Site() for _ in layers]
         self.current = -1
         self.number: torch.Tensor | None = None
@@ -493,7 +493,7 @@ def _compile_layers(
     routers: Sequence[nn.Module | None],
     products: Any,
 ) -> Frame:
-    recorder = _Recorder(model, layers)
+    recorder = _Recorder(layers)
     with _recording(recorder, config, guests):
         before = _record(model, recorder, routers)
         codes: dict[Any, Any] = {}

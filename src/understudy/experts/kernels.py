@@ -70,7 +70,7 @@ def choose(asked: str, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype)
         return Choice(pinned, "asked for", {})
     if missing:
         return Choice(0, f"no native kernel: {missing}", {})
-    if not mlp.could_be_native(_weights(layout), dtype):
+    if not mlp.could_be_native(_laid_out(layout, "meta"), dtype):
         return Choice(0, "the native kernel cannot read this layout", {})
     file = native.cache_folder() / "kernels" / f"choice-{_key(mlp, layout, dtype)}.json"
     return _read(file) or _measure_once(file, mlp, layout, dtype)
@@ -149,14 +149,21 @@ def _time(mlp: ExpertMlp, crowd: list[Weights], rows: int, dtype: torch.dtype) -
 
 def _weights(layout: ExpertLayout) -> Weights:
     """Random weights that lie as ``layout`` says."""
+    weights = _laid_out(layout, "cpu")
+    for part in (part for pieces in weights.values() for part in pieces):
+        if part.is_floating_point():
+            part.copy_(0.02 * torch.randn(part.shape))  # float8 has no normal_ of its own
+        else:
+            part.random_(0, 100)
+    return weights
+
+
+def _laid_out(layout: ExpertLayout, device: str) -> Weights:
+    """Tensors that lie as ``layout`` says, with nothing in them; on "meta" they take no memory."""
     weights = Weights()
     for name, pieces in layout.params.items():
         weights[name] = tuple(
-            torch.empty_strided(p.shape, p.strides, dtype=getattr(torch, p.dtype)) for p in pieces
+            torch.empty_strided(p.shape, p.strides, dtype=getattr(torch, p.dtype), device=device)
+            for p in pieces
         )
-        for part in weights[name]:
-            if part.is_floating_point():
-                part.copy_(0.02 * torch.randn(part.shape))  # float8 has no normal_ of its own
-            else:
-                part.random_(0, 100)
     return weights

@@ -167,8 +167,6 @@ struct matrix {
   int kind, group;
 };
 
-
-
 static inline float group_scale(const struct matrix *m, int64_t row, int64_t i) {
   const char *s = m->scales + row * m->scale_stride;
   if (m->kind == INT4) return from_f16(((const uint16_t *)s)[i / m->group]);
@@ -542,6 +540,3 @@ int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t c
   free(memory);
   return 0;
 }
-
-/* What this build can do, for the card: 1 where bf16 meets bf16 in one instruction. */
-int understudy_has_bf16_dot(void) { return BF16_DOT; }

@@ -212,7 +212,8 @@ _known: dict[tuple[int, ...], tuple[Any, Any, list[int], int]] = {}
 def _products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     lib = library()
     assert lib is not None
-    key = tuple([n for w in weights for n in (w.data_ptr(), w.shape[0])])
+    # An address alone is not enough: a model that was closed leaves its own to the next one.
+    key = (*x.shape, x.itemsize, *[n for w in weights for n in (w.data_ptr(), w.shape[0])])
     if key not in _known:
         sizes = [w.shape[0] for w in weights]
         starts = [sum(sizes[:i]) * x.itemsize for i in range(len(sizes))]
