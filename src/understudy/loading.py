@@ -355,7 +355,7 @@ def load(
     built = _frame(anatomy, chosen, model, runtime, say)
     guest.attach(model, runtime, anatomy.modules)
     model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built)
-    for note in _given_up(asked, chosen, runtime):
+    for note in (*_given_up(asked, chosen, runtime), *_slower(choices)):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
@@ -386,6 +386,12 @@ def _given_up(asked: Options, o: Options, runtime: Runtime) -> Iterator[str]:
     if runtime.director.predictor.lookahead and unseen:
         layer, reason = next(iter(unseen.items()))
         yield f"note: {len(unseen)} layers cannot be looked ahead (layer {layer}: {reason})"
+
+
+def _slower(choices: Sequence[kernels.Choice]) -> Iterator[str]:
+    """Why few tokens are computed by torch, where that was neither asked for nor measured."""
+    reasons = {c.why for c in choices if c.microseconds == {} and c.why != kernels.ASKED}
+    yield from (f"note: {reason}" for reason in sorted(reasons))
 
 
 def _resident_bytes(model: Any) -> int:
@@ -462,7 +468,7 @@ def _assemble(
         wanted=director.wanted,
         threads=o.io_threads,
     )
-    mlps, choice = _mlps(a, o, model)
+    mlps, choices = _mlps(a, o, model)
     return Runtime(
         director=director,
         store=store,
@@ -470,7 +476,7 @@ def _assemble(
         lock=lock,
         mlps=mlps,
         lookahead=Lookahead(guest.routers(model, a.modules)),
-    ), choice
+    ), choices
 
 
 def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:

@@ -31,6 +31,7 @@ NATIVE_ROWS = 8  # where nobody may measure or write: the native kernel won up t
 TRIED = (1, 2, 4, 8, 16, 32)
 COLD_BYTES = 96 << 20  # weights to cycle through, so that no cache holds them
 ROUNDS = 5
+ASKED = "asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,13 @@ def choose(asked: str, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype)
     if pinned is not None:
         if pinned and missing:
             raise UnderstudyError(f"kernel {asked!r} is not here: {missing}; use --kernel torch")
-        return Choice(pinned, "asked for", {})
+        return Choice(pinned, ASKED, {})
     if missing:
-        return Choice(0, f"no native kernel: {missing}", {})
+        return Choice(0, f"no native kernel, torch computes: {missing}", {})
     if not mlp.could_be_native(_laid_out(layout, "meta"), dtype):
-        return Choice(0, "the native kernel cannot read this layout", {})
+        return Choice(
+            0, "torch computes: the native kernel cannot read experts that lie like these", {}
+        )
     file = native.cache_folder() / "kernels" / f"choice-{_key(mlp, layout, dtype)}.json"
     return _read(file) or _measure_once(file, mlp, layout, dtype)
 
