@@ -251,6 +251,9 @@ class _Errand:
         for expert in plan.late:
             transfer.promote(expert)
         self._start_loads()
+        if self.waiting:
+            # What is queued would take the slot that one of these waits for, and never give it.
+            transfer.speculate(())
 
     def take_ready(self, interrupts: Deferred) -> list[tuple[ExpertId, int]]:
         """All experts that are there, in order, with their slots."""
