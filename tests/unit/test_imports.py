@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 # Rooms of one floor never import each other, except where they stand in one cell.
 FLOORS: list[list[set[str]]] = [
     [{"core", "registry"}],
-    [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}],
+    [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}, {"native"}],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}],
     [{"engine", "loading", "evaluate", "packing"}],

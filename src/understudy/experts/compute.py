@@ -22,9 +22,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from understudy import formats
+from understudy import formats, native
 from understudy.core import STORED
-from understudy.experts import native
 from understudy.experts.store import Weights
 
 Pieces = Sequence[torch.Tensor]

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from understudy import native
 from understudy.core import ExpertLayout, UnderstudyError
-from understudy.experts import native
 from understudy.experts.compute import Batch, ExpertMlp
 from understudy.experts.store import Weights
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.unit.experts.test_native import _Module
+from understudy import native
 from understudy.core import ByteRange, ExpertLayout, Piece, UnderstudyError
-from understudy.experts import kernels, native
+from understudy.experts import kernels
 from understudy.experts.compute import ExpertMlp
 
 LAYOUT = ExpertLayout(

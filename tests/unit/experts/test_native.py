@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy.experts import native
+from understudy import native
 from understudy.experts.compute import Batch, ExpertMlp
 from understudy.experts.store import Weights
 
@@ -170,7 +170,7 @@ def test_silu_of_every_size_stays_a_number() -> None:
 
 
 def test_records_have_the_size_that_c_expects() -> None:
-    source = Path(native.SOURCE).read_text()
+    source = Path(native.SOURCES[0]).read_text()
     assert "const char *codes[3]" in source and "int64_t first, tokens;" in source
     assert struct.calcsize("6Q2q") == 64
 

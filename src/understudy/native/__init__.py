@@ -1,4 +1,5 @@
-"""Builds `native.c` once per machine and calls it: experts times few tokens, at memory speed.
+"""The C code of this package, built once per machine: experts times few tokens at memory speed,
+and the steps of a compiled decoder layer.
 
 Knows: the C compiler, the cache of builds, addresses of tensors. Does not know: when the native
 kernel is the right one (`kernels` measures that), which expert this is, or where weights come from.
@@ -24,13 +25,13 @@ from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "mxfp4": 5}
 
 
 class Shape(ctypes.Structure):
-    """``struct shape`` of native.c: what all experts of one layer have in common."""
+    """``struct shape`` of experts.c: what all experts of one layer have in common."""
 
     _fields_ = (
         ("hidden", ctypes.c_int64),
@@ -44,7 +45,7 @@ class Shape(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """``struct matrix`` of native.c."""
+    """``struct matrix`` of experts.c."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -80,7 +81,13 @@ def identity() -> str:
     """Source, compiler and processor in one short word: a stored choice holds for one of these."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or ""
     version = _output([compiler, "--version"]).split("\n")[0] if compiler else ""
-    parts = (SOURCE.read_text(), " ".join(FLAGS), compiler, version, _processor())
+    parts = (
+        *(source.read_text() for source in SOURCES),
+        " ".join(FLAGS),
+        compiler,
+        version,
+        _processor(),
+    )
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -126,11 +133,13 @@ def _build(compiler: str) -> Path:
         return built
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as room:
-        part, whole = Path(room, "native.o"), Path(room, "native.so")
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(part)])
+        parts = [Path(room, f"{source.stem}.o") for source in SOURCES]
+        whole = Path(room, "native.so")
+        for source, part in zip(SOURCES, parts, strict=True):
+            _run([compiler, *FLAGS, "-c", str(source), "-o", str(part)])
         # Not linked with OpenMP: its symbols are those that torch has brought along.
         link = [] if _openmp() else ["-fopenmp"]
-        _run([compiler, "-shared", *link, str(part), "-o", str(whole), "-lm"])
+        _run([compiler, "-shared", *link, *map(str, parts), "-o", str(whole), "-lm"])
         whole.rename(built)
     return built
 
@@ -165,6 +174,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.understudy_linears.argtypes = (
         pointer, pointer, number, ctypes.c_int32, pointer, pointer, number, ctypes.c_int,
     )  # fmt: skip
+    lib.understudy_steps.argtypes = (pointer, number, pointer, ctypes.c_int)
+    lib.understudy_attend.argtypes = (*[pointer] * 8, ctypes.c_int)
     return lib
 
 
@@ -235,6 +246,42 @@ def _products(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _products_shape(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     return x.new_empty(1, sum(w.shape[0] for w in weights))
+
+
+class Place(ctypes.Structure):
+    """``struct place`` of layer.c: so many bytes into one of the bases of a call."""
+
+    _fields_ = (("base", ctypes.c_int64), ("offset", ctypes.c_int64))
+
+
+class Step(ctypes.Structure):
+    """``struct step`` of layer.c."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("places", ctypes.POINTER(Place)),
+        ("numbers", ctypes.POINTER(ctypes.c_int64)),
+        ("kind", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+    )
+
+
+LOOP, PRODUCTS, TOPK = range(3)  # kinds of steps
+MOST_PLACES, MOST_MATRICES = 32, 15
+
+
+class Attention(ctypes.Structure):
+    """``struct attention`` of layer.c."""
+
+    _fields_ = (
+        ("heads", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("room", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
 
 
 _operators.impl("products", _products, "CPU")
