@@ -43,6 +43,10 @@ class Rates:
         memory = planning.memory_bandwidth(512 * planning.MIB, repeats=2)
         self.memory = max(self.memory, memory)
 
+    def saw(self, disk: float | None) -> None:
+        """A contestant read at this rate, so the link can do it."""
+        self.disk = max(self.disk, disk or 0.0)
+
     def floor(self, disk_bytes: float, memory_bytes: float) -> float:
         """Seconds that no program can beat: the two overlap, so the larger counts."""
         link = disk_bytes / self.disk if self.disk else 0.0
@@ -185,6 +189,8 @@ def _play_group(
             for entry, process in playing:
                 if entry.skipped is None:
                     _one_round(entry, process, prompt, answer, counted=number > 0)
+                    if entry.laps:
+                        rates.saw(entry.laps[-1].get("link_rate"))
                 done += 1
                 report(done, total)
             rates.measure()

@@ -13,6 +13,8 @@ from understudy import bench
 from understudy.core import ExpertId, LayerEvent, Phase
 from understudy.engine import Engine, Generation, inspect
 
+LEAST = 256 << 20  # bytes; what a shorter look at the link says is noise
+
 
 class Understudy:
     """``options`` go to `understudy.load`; without a budget it gets room for every expert."""
@@ -40,12 +42,16 @@ class Understudy:
     def round(self, prompt: Sequence[int], answer: Sequence[int], seconds: float) -> Lap:
         del seconds  # an engine's answer has the length that was asked for
         self.engine.start_recording()
+        meter = self.engine.model.understudy.runtime.transfer.meter
+        before = meter.nbytes, meter.busy
         generation = self.engine.generate(
             list(prompt), max_new_tokens=len(answer), ignore_eos=True, dictated=answer
         )
-        return self._lap(generation, self.engine.stop_recording())
+        read, busy = meter.nbytes - before[0], meter.busy - before[1]
+        rate = read / busy if read > LEAST else None
+        return self._lap(generation, self.engine.stop_recording(), rate)
 
-    def _lap(self, generation: Generation, events: Sequence[LayerEvent]) -> Lap:
+    def _lap(self, generation: Generation, events: Sequence[LayerEvent], rate: float | None) -> Lap:
         decode = generation.decode_counters
         reading = generation.counters - decode
         plan, steps = self.engine.plan, len(generation.tokens) - 1
@@ -64,6 +70,7 @@ class Understudy:
             prompt_read_bytes=reading.bytes_read,
             prompt_once_bytes=len(_touched(events)) * plan.expert_bytes,
             prompt_stall_seconds=reading.stall_seconds,
+            link_rate=rate,
         )
 
     def close(self) -> None:

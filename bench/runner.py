@@ -31,6 +31,7 @@ class Lap:
     ``needed_bytes``: what decode read less what turned out useless; ``memory_bytes``: what decode
     read from memory, at least; ``best_bytes``: what a clairvoyant with the same slots would have
     read in decode. ``prompt_once_bytes``: the experts the prompt touched, each once.
+    ``link_rate``: bytes per second while anything was read, in the whole round.
     """
 
     ttft: float
@@ -47,6 +48,7 @@ class Lap:
     prompt_read_bytes: int | None = None
     prompt_once_bytes: int | None = None
     prompt_stall_seconds: float | None = None
+    link_rate: float | None = None
     guesses: tuple[int, ...] = ()  # the token it would have chosen, at each place
 
     @property
