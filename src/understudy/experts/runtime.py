@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ class Runtime:
         self._section = threading.Lock()
         self._costs = Costs()  # measured anew once per forward
         self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
+        self._settled = False  # every expert is resident, and nobody ever leaves
 
     @property
     def counters(self) -> Counters:
@@ -97,7 +99,10 @@ class Runtime:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]. ``layer`` counts MoE layers."""
-        with torch.no_grad(), Deferred() as interrupts, self._section:
+        # Where every expert is here for good, an interrupt can lose nothing, and need not wait.
+        deferred: AbstractContextManager[Deferred | None]
+        deferred = nullcontext() if self._settled else Deferred()
+        with torch.no_grad(), deferred as interrupts, self._section:
             self.transfer.require_open()
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
@@ -108,7 +113,7 @@ class Runtime:
             out[rows] = self._event(call, interrupts)
             return out
 
-    def _event(self, call: _Call, interrupts: Deferred) -> torch.Tensor:
+    def _event(self, call: _Call, interrupts: Deferred | None) -> torch.Tensor:
         if len(call.x) == 0:
             return torch.zeros_like(call.x)
         started, stalled = time.perf_counter(), self._clock.stall_seconds
@@ -140,7 +145,9 @@ class Runtime:
             self.recording.append(event)
         return event
 
-    def _carry_out(self, call: _Call, event: LayerEvent, interrupts: Deferred) -> torch.Tensor:
+    def _carry_out(
+        self, call: _Call, event: LayerEvent, interrupts: Deferred | None
+    ) -> torch.Tensor:
         with self._lock:
             plan = self.director.decide(event)
             errand = None
@@ -150,6 +157,7 @@ class Runtime:
             batch = self._batch(call, event, plan)
             self._compute(batch, call, [(e, self._slot(e)) for e in plan.order])
             return batch.sum()
+        assert interrupts is not None, "an expert left a model that holds all of them"
         try:
             batch = self._batch(call, event, plan)
             self._errand(call, plan, errand, batch, interrupts)
@@ -157,6 +165,8 @@ class Runtime:
         finally:
             with self._lock:
                 errand.release()
+                book = self.director.book
+                self._settled = self.director.ample and not book.free and all(map(book.ready, book))
             self._clock.stall_seconds += errand.stall_seconds
 
     def _errand(

@@ -27,6 +27,7 @@ struct step {
   int64_t kind, count;         /* count: of places */
 };
 
+#define SMALL 131072 /* bytes that one thread reads before a second one has woken up */
 #define MOST_PLACES 32
 #define MOST_MATRICES 15
 
@@ -55,13 +56,16 @@ static void loop(void *function, char **p, int64_t count) {
 static int products(const struct step *s, char **p, int threads) {
   const int64_t count = (s->count - 1) / 2, *n = s->numbers;
   struct matrix all[MOST_MATRICES];
+  int64_t bytes = 0;
   memset(all, 0, count * sizeof *all);
   for (int64_t i = 0; i < count; i++) {
     all[i].codes = p[1 + count + i];
     all[i].k = n[0];
     all[i].stride = n[0] * n[2];
     all[i].kind = (int)n[1];
+    bytes += n[3 + i] * all[i].stride;
   }
+  if (bytes <= SMALL) threads = 1;
   return understudy_linears(all, n + 3, count, (int32_t)n[1], p[0], p + 1, 1, threads);
 }
 
@@ -169,6 +173,7 @@ int understudy_attend(const struct attention *a, const char *q, const char *k, c
   const int64_t size = a->bf16 ? 2 : 4, row = a->width * size, share = a->heads / a->groups;
   float *scores = malloc(a->heads * a->tokens * sizeof(float));
   if (!scores) return 1;
+  if (2 * a->groups * a->tokens * row <= SMALL) threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t g = 0; g < a->groups; g++) {
     char *mine = keys + g * a->room * row, *its = values + g * a->room * row;
