@@ -2,13 +2,15 @@
 
     python bench/overhead.py [--models fine,coarse] [--steps 200] [--repeats 5] [--smoke] [--json]
 
-The seam is called directly with the routing of real text. Every expert is resident, so nothing is
-transferred; the experts' computation is replaced by nothing. What remains is the engine's own: the
-event, the decision, the book, the sum over ranks. Variants, in turns:
+The seam is called directly with the routing of real text. Nothing is transferred: every expert is
+resident, or lands at once; the experts' computation is replaced by nothing. What remains is the
+engine's own: the event, the decision, the book, the sum over ranks. Variants, in turns:
 
     plain          speculation off
     speculating    predictions from the next layer's scores, which are handed over
     + routers      the same, and the next layer's own router is called, as in a real step
+    missing        slots for a third of the experts, speculation off: a load lands the moment it is
+                   asked for, so victims are chosen and slots change hands, but nothing is read
 
 The last line is JSON. Microseconds per MoE layer and decode step.
 """
@@ -34,12 +36,21 @@ from bench import card as cards
 from bench import show
 from understudy import bench as own_bench
 from understudy import demo
-from understudy.core import Forward, LayerEvent, Phase, UnderstudyError, current_forward
+from understudy.core import (
+    ExpertId,
+    Forward,
+    LayerEvent,
+    Phase,
+    UnderstudyError,
+    current_forward,
+)
 from understudy.engine import Engine, inspect
 from understudy.experts.compute import Batch
 from understudy.policies.predict import SelfSwitch
+from understudy.policies.residency import Slot
 
 PLAIN, SPECULATING, ROUTERS = "plain", "speculating", "speculating + routers"
+MISSING, SHARE = "missing", 0.33
 COLUMNS = (
     ("model", lambda r: r["model"]),
     ("variant", lambda r: r["variant"]),
@@ -61,6 +72,23 @@ def no_compute() -> Iterator[None]:
     finally:
         for name, method in doing.items():
             setattr(Batch, name, method)
+
+
+@contextmanager
+def no_transfer(engine: Engine) -> Iterator[None]:
+    """Loads land at once."""
+    runtime = engine.model.understudy.runtime
+    transfer, book = runtime.transfer, runtime.director.book
+
+    def land(expert: ExpertId, slot: Slot) -> None:
+        book.launch(expert)
+        book.land(expert)
+
+    transfer.demand, transfer.speculate = land, lambda guesses: None
+    try:
+        yield
+    finally:
+        del transfer.demand, transfer.speculate
 
 
 def decode_events(engine: Engine, steps: int) -> list[LayerEvent]:
@@ -145,6 +173,19 @@ def variants(engine: Engine, events: Sequence[LayerEvent]) -> dict[str, Callable
     return {PLAIN: plain, SPECULATING: speculating, ROUTERS: with_routers}
 
 
+def missing(model: Path, steps: Sequence[Any], repeats: int) -> list[float]:
+    """Microseconds of a layer that misses, one number per turn."""
+    found = inspect(model)
+    memory = found.smallest_memory + int(SHARE * found.experts) * found.slot_bytes
+    with Engine(model, memory=memory) as engine, torch.inference_mode():
+        engine.model.understudy.runtime.director.switch = SelfSwitch(enabled=False)
+        with no_compute(), no_transfer(engine):
+            turns = [seconds_per_layer(engine, steps, routers=False) for _ in range(repeats + 1)]
+        if not engine.model.understudy.counters.misses:
+            raise UnderstudyError("nothing was missed where most experts should be absent")
+    return [1e6 * seconds for seconds in turns[1:]]
+
+
 def measure(model: Path, steps: int, repeats: int) -> list[dict[str, Any]]:
     """The rows of one model; the first turn warms up."""
     found = inspect(model)
@@ -163,6 +204,7 @@ def measure(model: Path, steps: int, repeats: int) -> list[dict[str, Any]]:
         moved = (engine.model.understudy.counters - before).bytes_read
     if moved:
         raise UnderstudyError(f"{moved} bytes were read where every expert should be resident")
+    taken[MISSING] = missing(model, steps_of(events), repeats)
     return [
         {
             "model": model.name, "variant": name, "skipped": None, "rounds": len(us),
