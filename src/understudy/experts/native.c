@@ -30,6 +30,7 @@
 
 #define R 4                 /* tokens that share one pass over a line of weights */
 #define CHUNK_BYTES 131072  /* weights handed to a thread at a time */
+#define AHEAD 4096          /* bytes: the processor's own prefetching stops at the end of a page */
 
 enum kind { F32, F16, BF16, INT8, INT4, MXFP4 };
 
@@ -274,6 +275,7 @@ static INLINE void bf16_dot(LINE) {
   int64_t i = 0;
   for (; i + 128 <= m->k; i += 128)
     UNROLL for (int part = 0; part < 4; part++) {
+      _mm_prefetch(w + 2 * i + 64 * part + AHEAD, _MM_HINT_T1);
       __m512bh v = (__m512bh)_mm512_loadu_si512(w + 2 * i + 64 * part);
       UNROLL for (int r = 0; r < rows; r++)
         a[r][part] = _mm512_dpbf16_ps(
