@@ -9,8 +9,9 @@
  * core that a reader borrowed delays nobody.
  *
  * Built with -march=native: the instruction set is chosen by the compiler. With AVX512-BF16, bf16
- * and 4-bit weights meet bf16 inputs in vdpbf16ps; else everything is widened to fp32 vectors,
- * which GCC and clang lower to whatever the machine has.
+ * weights meet bf16 inputs in vdpbf16ps; with AVX512-VNNI, 8- and 4-bit weights meet bf16 inputs in
+ * vpdpbusd; else everything is widened to fp32 vectors, which GCC and clang lower to whatever the
+ * machine has.
  *
  * OpenMP's symbols are left open: they are those of the library that torch has loaded, so that its
  * threads and ours are the same and never spin against each other.
@@ -27,9 +28,15 @@
 #else
 #define BF16_DOT 0
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define INTEGER_DOT 1
+#else
+#define INTEGER_DOT 0
+#endif
 
 #define R 4                 /* tokens that share one pass over a line of weights */
 #define CHUNK_BYTES 131072  /* weights handed to a thread at a time */
+#define AHEAD 4096          /* bytes: the processor's own prefetching stops at the end of a page */
 
 enum kind { F32, F16, BF16, INT8, INT4, MXFP4 };
 
@@ -76,6 +83,15 @@ static inline void store(void *p, int64_t i, float f, int dtype) {
   else ((float *)p)[i] = f;
 }
 
+static inline v16 sixteen_bf16(const void *p) {
+  h16 h;
+  memcpy(&h, p, 32);
+  i16 u = __builtin_convertvector(h, i16) << 16;
+  v16 v;
+  memcpy(&v, &u, 64);
+  return v;
+}
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline v16 splat(float f) { return (v16){f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f}; }
@@ -110,18 +126,22 @@ static inline v16 exp16(v16 x) {
 
 /* -------------------------------------------------------------- inputs, in the order of weights
  *
- * Every kind reads its input from a row of `width(K)` elements: bf16 for the kinds that use
- * vdpbf16ps, else fp32, zero-filled up to a multiple of 64, in the order in which 64 weights come
- * out of 32 bytes (4-bit kinds) or in their own order (all others).
+ * Every kind reads its input from a row in a form of its own. FLOATS and BF16S: elements,
+ * zero-filled up to a multiple of 64, in the order in which 64 weights come out of 32 bytes (4-bit
+ * kinds) or in their own order (all others). BLOCKS: integers of 16 bits, see below.
  */
 
-static inline int wants_bf16(int kind, int dtype) {
-  return BF16_DOT && dtype == BF16 && (kind == BF16 || kind == INT4 || kind == MXFP4);
+enum form { FLOATS, BF16S, BLOCKS };
+
+static inline int form_of(int kind, int dtype) {
+  if (BF16_DOT && dtype == BF16 && kind == BF16) return BF16S;
+  if (INTEGER_DOT && dtype == BF16 && kind >= INT8) return BLOCKS;
+  return FLOATS;
 }
 
-static inline int64_t padded(int64_t k) { return (k + 63) / 64 * 64; }
+static inline int64_t pieces(int64_t all, int64_t size) { return (all + size - 1) / size; }
 
-/* where element i of an input goes inside its row */
+/* where element i of an input goes inside a row of floats */
 static inline int64_t place(int64_t i, int kind) {
   if (kind != INT4 && kind != MXFP4) return i;
   int64_t base = i / 64 * 64, in_half = i % 32, half = i / 32 % 2;
@@ -131,22 +151,90 @@ static inline int64_t place(int64_t i, int kind) {
   return base + high * 32 + byte;
 }
 
-static void put(void *row, int64_t i, float f, int kind, int bf16) {
-  int64_t at = place(i, kind);
-  if (bf16) ((uint16_t *)row)[at] = to_bf16(f);
-  else ((float *)row)[at] = f;
-}
+/* BLOCKS: a block of inputs that share an exponent, x = scale * (256 * high + low).
+ *
+ * The scale is the power of two that gives the largest input 15 bits: bf16 inputs down to 1/128 of
+ * the largest are exact, smaller ones are off by at most 1/32768 of it. The scale is never below
+ * 2^-126: what is smaller is rounded to a multiple of that. One block's sums are exact and fit into
+ * 32 bits. An infinity or a NaN makes the scale NaN, and with it all products.
+ */
+#define B 128
+
+struct block {
+  uint8_t low[B];
+  int8_t high[B];
+  int32_t start[16]; /* where the sums start: makes up for weights that were raised above zero */
+  float scale, unused[15];
+};
 
 static int64_t row_bytes(int64_t k, int kind, int dtype) {
-  return padded(k) * (wants_bf16(kind, dtype) ? 2 : 4);
+  int form = form_of(kind, dtype);
+  if (form == BLOCKS) return pieces(k, B) * (int64_t)sizeof(struct block);
+  return pieces(k, 64) * 64 * (form == BF16S ? 2 : 4);
 }
 
+#if INTEGER_DOT
+
+/* What is added to a weight so that it can be the unsigned factor of vpdpbusd. The low bytes of
+ * the inputs are unsigned themselves: they meet int8 weights as these are. */
+static inline int raised(int kind) { return kind == INT8 ? 128 : kind == INT4 ? 8 : 12; }
+
+/* the order in which weights come: all low nibbles of 64 bytes, then all high ones */
+static void arrange(const uint8_t *from, uint8_t *to, int kind) {
+  if (kind == INT8) memcpy(to, from, B);
+  else if (kind == INT4) for (int i = 0; i < 4; i++) {
+    memcpy(to + 16 * i, from + 32 * i, 16);
+    memcpy(to + 64 + 16 * i, from + 32 * i + 16, 16);
+  } else for (int i = 0; i < 64; i++) { to[i] = from[2 * i]; to[64 + i] = from[2 * i + 1]; }
+}
+
+/* n <= B inputs, of bf16 */
+static void make_block(const uint16_t *x, int64_t n, struct block *b, int kind) {
+  uint16_t in[B] = {0}, most = 0;
+  uint8_t low[B], high[B];
+  memcpy(in, x, 2 * n);
+  for (int i = 0; i < B; i++) most = (in[i] & 0x7fff) > most ? in[i] & 0x7fff : most;
+  const int32_t top = most >> 7, e = top < 15 ? 15 : top; /* so that neither power leaves fp32 */
+  const int32_t down = (e - 14) << 23, up = (268 - e) << 23;
+  float times;
+  memcpy(&b->scale, &down, 4);
+  memcpy(&times, &up, 4);
+  if (top == 255) { b->scale = NAN; times = 0; memset(in, 0, sizeof in); }
+  for (int i = 0; i < B; i += 16) {
+    v16 f = sixteen_bf16(in + i) * times;
+    __m512i q = _mm512_cvtps_epi32((__m512)f);
+    _mm_storeu_si128((void *)(low + i), _mm512_cvtepi32_epi8(q));
+    _mm_storeu_si128((void *)(high + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
+  }
+  arrange(low, b->low, kind);
+  arrange(high, (uint8_t *)b->high, kind);
+  for (int i = 0; i < 16; i++) {
+    int32_t lows = 0, highs = 0;
+    for (int at = 4 * i; at < 4 * i + 4; at++) {
+      lows += b->low[at] + b->low[at + 64];
+      highs += b->high[at] + b->high[at + 64];
+    }
+    b->start[i] = -raised(kind) * (256 * highs + (kind == INT8 ? 0 : lows));
+  }
+}
+#endif
+
+/* k inputs from number `first` on, in the form that `kind` reads */
 static void prepare(const void *x, int64_t first, int64_t k, void *row, int kind, int dtype) {
-  int bf16 = wants_bf16(kind, dtype);
+  int form = form_of(kind, dtype);
+#if INTEGER_DOT
+  if (form == BLOCKS) {
+    for (int64_t i = 0; i < k; i += B)
+      make_block((const uint16_t *)x + first + i, least(B, k - i),
+                 (struct block *)row + i / B, kind);
+    return;
+  }
+#endif
   memset(row, 0, row_bytes(k, kind, dtype));
-  if (kind == BF16 && bf16) memcpy(row, (const uint16_t *)x + first, 2 * k);
+  if (form == BF16S) memcpy(row, (const uint16_t *)x + first, 2 * k);
   else if (kind == F32 && dtype == F32) memcpy(row, (const float *)x + first, 4 * k);
-  else for (int64_t i = 0; i < k; i++) put(row, i, load_as_float(x, first + i, dtype), kind, bf16);
+  else for (int64_t i = 0; i < k; i++)
+    ((float *)row)[place(i, kind)] = load_as_float(x, first + i, dtype);
 }
 
 /* ------------------------------------------------------------------------------- dot products
@@ -179,11 +267,7 @@ static inline float group_scale(const struct matrix *m, int64_t row, int64_t i) 
 
 static inline v16 widen16(const char *w, int kind) { /* sixteen plain weights as fp32 */
   if (kind == F32) { v16 v; memcpy(&v, w, 64); return v; }
-  if (kind == BF16) {
-    h16 h; memcpy(&h, w, 32);
-    i16 u = __builtin_convertvector(h, i16) << 16;
-    v16 v; memcpy(&v, &u, 64); return v;
-  }
+  if (kind == BF16) return sixteen_bf16(w);
 #ifdef __AVX512F__
   if (kind == F16) return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)w));
   return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)w)));
@@ -274,6 +358,7 @@ static INLINE void bf16_dot(LINE) {
   int64_t i = 0;
   for (; i + 128 <= m->k; i += 128)
     UNROLL for (int part = 0; part < 4; part++) {
+      _mm_prefetch(w + 2 * i + 64 * part + AHEAD, _MM_HINT_T1);
       __m512bh v = (__m512bh)_mm512_loadu_si512(w + 2 * i + 64 * part);
       UNROLL for (int r = 0; r < rows; r++)
         a[r][part] = _mm512_dpbf16_ps(
@@ -289,71 +374,128 @@ static INLINE void bf16_dot(LINE) {
     y[r] = _mm512_reduce_add_ps(
         _mm512_add_ps(_mm512_add_ps(a[r][0], a[r][1]), _mm512_add_ps(a[r][2], a[r][3])));
 }
+#endif
 
-/* the sixteen values as bf16, twice: five bits of an index count, and the fifth must not matter */
-#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
-static const uint16_t INT4_TABLE[32] = TWICE(
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0);
-static const uint16_t MXFP4_TABLE[32] = TWICE(
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0);
+#if INTEGER_DOT
 
-/* up to sixteen scales from number `first` on, as fp32; each once per group of 64 or 32 weights */
-static inline void scales_of(const struct matrix *m, const char *s, int64_t first, float *f) {
-  int64_t all = m->k / m->group;
-  __mmask16 mask = all - first >= 16 ? 0xffff : (1u << (all - first)) - 1;
-  __m512 v;
-  if (m->kind == INT4)
-    v = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, s + 2 * first));
-  else { /* 2^(e-127); e = 0 is the only subnormal one */
-    __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, s + first));
-    v = _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(e, 23),
-        _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()), _mm512_set1_epi32(0x00400000)));
-  }
-  _mm512_storeu_ps(f, v);
+/* 64 bytes, zeros from byte n on: nothing is read beyond the line */
+static INLINE __m512i load_up_to(const char *p, int64_t n) {
+  if (n >= 64) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi8(n > 0 ? (1ull << n) - 1 : 0, p);
 }
 
-/* 64 weights in 32 bytes; their low nibbles meet the first half of the input, the high the second */
-static INLINE void bf16_nibbles(LINE, int group) {
+/* scale * (256 * high + low), added to what sixteen lanes hold so far */
+static INLINE __m512 gathered(__m512i low, __m512i high, __m512 scale, __m512 sum) {
+  __m512i both = _mm512_add_epi32(low, _mm512_slli_epi32(high, 8));
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), scale, sum);
+}
+
+/* int8 weights against blocks: the B from number i on */
+static INLINE void integers_step(const __m512i *v, const char *const *x, int64_t i, const int rows,
+                                 __m512 *a) {
+  const __m512i sign = _mm512_set1_epi8((char)raised(INT8));
+  const __m512i lifted[2] = {_mm512_xor_si512(v[0], sign), _mm512_xor_si512(v[1], sign)};
+  UNROLL for (int r = 0; r < rows; r++) {
+    const struct block *b = (const struct block *)x[r] + i / B;
+    __m512i low = _mm512_load_si512(b->start), high = _mm512_setzero_si512();
+    UNROLL for (int n = 0; n < 2; n++) {
+      low = _mm512_dpbusd_epi32(low, _mm512_load_si512(b->low + 64 * n), v[n]);
+      high = _mm512_dpbusd_epi32(high, lifted[n], _mm512_load_si512(b->high + 64 * n));
+    }
+    a[r] = gathered(low, high, _mm512_set1_ps(b->scale), a[r]);
+  }
+}
+
+static INLINE void integers(LINE) {
+  const char *w = m->codes + line * m->stride;
+  __m512 a[R];
+  UNROLL for (int r = 0; r < rows; r++) a[r] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + B <= m->k; i += B) { /* prefetching on top of the processor's own was slower here */
+    const __m512i v[2] = {_mm512_loadu_si512(w + i), _mm512_loadu_si512(w + i + 64)};
+    integers_step(v, x, i, rows, a);
+  }
+  if (i < m->k) {
+    const __m512i v[2] = {load_up_to(w + i, m->k - i), load_up_to(w + i + 64, m->k - i - 64)};
+    integers_step(v, x, i, rows, a);
+  }
+  const float scale = ((const float *)m->scales)[line];
+  UNROLL for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(a[r]) * scale;
+}
+
+/* up to sixteen scales from number `first` on, as fp32; each once per group of 64 or 32 weights */
+static INLINE __m512 scales_of(const struct matrix *m, const char *s, int64_t first, int kind) {
+  const int64_t all = m->k / m->group;
+  __mmask16 mask = all - first >= 16 ? 0xffff : (1u << (all - first)) - 1;
+  if (kind == INT4) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, s + 2 * first));
+  /* 2^(e-127); e = 0 is the only subnormal one */
+  __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, s + first));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(e, 23),
+      _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()), _mm512_set1_epi32(0x00400000)));
+}
+
+/* 4-bit weights against blocks: the B from number i on. The low and the high nibbles of the 16
+ * bytes that hold 32 weights are summed in the same four lanes, so each lane has one scale. */
+static INLINE void nibbles_step(__m512i bytes, __m512 scale, const char *const *x, int64_t i,
+                                const int rows, int kind, __m512 *a) {
+  const __m512i mask = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(
+      _mm_add_epi8(_mm_loadu_si128((const void *)MXFP4_BYTES), _mm_set1_epi8((char)raised(MXFP4))));
+  __m512i v[2] = {_mm512_and_si512(bytes, mask),
+                  _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+  if (kind == MXFP4) UNROLL for (int n = 0; n < 2; n++) v[n] = _mm512_shuffle_epi8(table, v[n]);
+  UNROLL for (int r = 0; r < rows; r++) {
+    const struct block *b = (const struct block *)x[r] + i / B;
+    __m512i low = _mm512_load_si512(b->start), high = _mm512_setzero_si512();
+    UNROLL for (int n = 0; n < 2; n++) {
+      low = _mm512_dpbusd_epi32(low, _mm512_load_si512(b->low + 64 * n), v[n]);
+      high = _mm512_dpbusd_epi32(high, v[n], _mm512_load_si512(b->high + 64 * n));
+    }
+    a[r] = gathered(low, high, _mm512_mul_ps(scale, _mm512_set1_ps(b->scale)), a[r]);
+  }
+}
+
+static INLINE void blocks_of_nibbles(LINE, int kind, int group) {
   const char *w = m->codes + line * m->stride, *s = m->scales + line * m->scale_stride;
-  const __m512i table = _mm512_loadu_si512(m->kind == INT4 ? INT4_TABLE : MXFP4_TABLE);
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512i first = group == 64 ? _mm512_srli_epi32(lanes, 1) : lanes;
+  const __m512i step = _mm512_set1_epi32(B / group);
   const int64_t span = 16 * group; /* weights that sixteen scales speak for */
   __m512 a[R];
-  float f[17] = {0}; /* one more than sixteen: half a block looks one scale ahead */
   UNROLL for (int r = 0; r < rows; r++) a[r] = _mm512_setzero_ps();
   for (int64_t from = 0; from < m->k; from += span) {
     const int64_t to = least(m->k, from + span);
-    scales_of(m, s, from / group, f);
-    for (int64_t i = from; i < to; i += 64) {
-      const void *at = w + i / 2;
-      __m256i bytes = to - i >= 64 ? _mm256_loadu_si256(at)
-                                   : _mm256_zextsi128_si256(_mm_loadu_si128(at));
-      __m512i words = _mm512_cvtepu8_epi16(bytes);
-      __m512bh low = (__m512bh)_mm512_permutexvar_epi16(words, table);
-      __m512bh high = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-      const float *g = f + (i - from) / group;
-      __m512 scale = _mm512_set1_ps(g[0]); /* groups of 32: lanes 8-15 sum the second one */
-      if (group == 32) scale = _mm512_insertf32x8(scale, _mm256_set1_ps(g[1]), 1);
-      UNROLL for (int r = 0; r < rows; r++) {
-        const char *in = x[r] + 2 * i;
-        __m512 dot = _mm512_dpbf16_ps(_mm512_setzero_ps(), low, (__m512bh)_mm512_loadu_si512(in));
-        dot = _mm512_dpbf16_ps(dot, high, (__m512bh)_mm512_loadu_si512(in + 64));
-        a[r] = _mm512_fmadd_ps(dot, scale, a[r]);
-      }
+    const __m512 scales = scales_of(m, s, from / group, kind);
+    __m512i at = first;
+    int64_t i = from;
+    for (; i + B <= to; i += B, at = _mm512_add_epi32(at, step)) {
+      _mm_prefetch(w + i / 2 + AHEAD, _MM_HINT_T1);
+      nibbles_step(_mm512_loadu_si512(w + i / 2), _mm512_permutexvar_ps(at, scales), x, i, rows,
+                   kind, a);
     }
+    if (i < to)
+      nibbles_step(load_up_to(w + i / 2, (to - i) / 2), _mm512_permutexvar_ps(at, scales), x, i,
+                   rows, kind, a);
   }
-  UNROLL for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(a[r]);
+  const float unit = kind == INT4 ? 1.0f : 0.5f; /* MXFP4's weights are doubled */
+  UNROLL for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(a[r]) * unit;
 }
 #endif
 
-static INLINE void choose(LINE, int bf16) {
+static INLINE void choose(LINE, int form) {
 #if BF16_DOT
-  if (bf16 && m->kind == BF16) { bf16_dot(m, line, x, rows, y); return; }
-  if (bf16 && m->group == 64) { bf16_nibbles(m, line, x, rows, y, 64); return; }
-  if (bf16) { bf16_nibbles(m, line, x, rows, y, 32); return; }
+  if (form == BF16S) { bf16_dot(m, line, x, rows, y); return; }
 #endif
-  (void)bf16;
+#if INTEGER_DOT
+  if (form == BLOCKS) switch (m->kind) {
+    case INT8: integers(m, line, x, rows, y); return;
+    case INT4:
+      if (m->group == 64) blocks_of_nibbles(m, line, x, rows, y, INT4, 64);
+      else blocks_of_nibbles(m, line, x, rows, y, INT4, 32);
+      return;
+    default: blocks_of_nibbles(m, line, x, rows, y, MXFP4, 32); return;
+  }
+#endif
+  (void)form;
   switch (m->kind) {
     case F32: plain(m, line, x, rows, y, F32); break;
     case F16: plain(m, line, x, rows, y, F16); break;
@@ -365,16 +507,16 @@ static INLINE void choose(LINE, int bf16) {
 
 /* y[i * n + t] = line `first + i` times input t, for n inputs that lie `x_bytes` apart */
 static void dot(const struct matrix *m, int64_t first, int64_t lines, const char *x,
-                int64_t x_bytes, int64_t n, float *y, int bf16) {
+                int64_t x_bytes, int64_t n, float *y, int form) {
   for (int64_t t = 0; t < n; t += R) {
     const int64_t now = least(R, n - t);
     const char *at[R];
     float four[R];
     for (int r = 0; r < R; r++) at[r] = x + (t + least(r, now - 1)) * x_bytes;
     for (int64_t i = 0; i < lines; i++) {
-      if (now == 1) choose(m, first + i, at, 1, four, bf16);
-      else if (now == 2) choose(m, first + i, at, 2, four, bf16);
-      else choose(m, first + i, at, R, four, bf16); /* three are four, one of them twice */
+      if (now == 1) choose(m, first + i, at, 1, four, form);
+      else if (now == 2) choose(m, first + i, at, 2, four, form);
+      else choose(m, first + i, at, R, four, form); /* three are four, one of them twice */
       for (int64_t r = 0; r < now; r++) y[i * n + t + r] = four[r];
     }
   }
@@ -411,25 +553,25 @@ static void swiglu16(const float *gate, const float *up, float *h, int dtype) {
 
 /* sixteen rows of gate and up of one expert, and what comes of them, for all of its tokens */
 static void gate_up(const struct expert *e, const struct shape *s, int64_t row, const char *x,
-                    int64_t x_bytes, char *h, int64_t h_bytes, float *room) {
+                    int64_t x_bytes, char *h, float *room) {
   struct matrix gate = part(e, 0, s), up = part(e, 1, s);
-  int bf16 = wants_bf16(s->kind, s->dtype);
+  int form = form_of(s->kind, s->dtype);
   int64_t n = e->tokens, rows = least(16, s->width - row);
   float *g = room, *u = room + 16 * n;
-  dot(&gate, row, rows, x, x_bytes, n, g, bf16);
-  dot(&up, row, rows, x, x_bytes, n, u, bf16);
+  dot(&gate, row, rows, x, x_bytes, n, g, form);
+  dot(&up, row, rows, x, x_bytes, n, u, form);
   for (int64_t t = 0; t < n; t++) {
     float a[16] = {0}, b[16] = {0}, c[16];
     for (int64_t i = 0; i < rows; i++) { a[i] = g[i * n + t]; b[i] = u[i * n + t]; }
     swiglu16(a, b, c, s->dtype);
-    for (int64_t i = 0; i < rows; i++) put(h + t * h_bytes, row + i, c[i], s->kind, bf16);
+    for (int64_t i = 0; i < rows; i++) store(h, t * s->width + row + i, c[i], s->dtype);
   }
 }
 
 static void down(const struct expert *e, const struct shape *s, int64_t row, int64_t rows,
                  const char *h, int64_t h_bytes, char *out, const int64_t *places, float *room) {
   struct matrix m = part(e, 2, s);
-  dot(&m, row, rows, h, h_bytes, e->tokens, room, wants_bf16(s->kind, s->dtype));
+  dot(&m, row, rows, h, h_bytes, e->tokens, room, form_of(s->kind, s->dtype));
   for (int64_t i = 0; i < rows; i++)
     for (int64_t t = 0; t < e->tokens; t++)
       store(out, places[e->first + t] * s->hidden + row + i, room[i * e->tokens + t], s->dtype);
@@ -441,8 +583,6 @@ static inline int64_t chunk(int64_t stride) {
   return 16 * (units > 0 ? units : 1);
 }
 
-static inline int64_t pieces(int64_t lines, int64_t size) { return (lines + size - 1) / size; }
-
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
 
 /* SwiGLU experts: out[place] = down(silu(gate(x)) * up(x)).
@@ -453,6 +593,7 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
                       const int64_t *places, int threads) {
   const int64_t x_bytes = row_bytes(s->hidden, s->kind, s->dtype);
   const int64_t h_bytes = row_bytes(s->width, s->kind, s->dtype);
+  const int64_t size = s->dtype == F32 ? 4 : 2;
   int64_t entries = 0, most = 1;
   for (int64_t e = 0; e < count; e++) {
     entries += experts[e].tokens;
@@ -461,16 +602,15 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
   const int gather = T > 1 || most > 1; /* else all experts read the one row there is */
   const int64_t room_bytes = 32 * most * (int64_t)sizeof(float);
   char *memory = NULL;
-  if (posix_memalign((void **)&memory, 64, (T + entries) * x_bytes + entries * h_bytes +
-                                               threads * room_bytes + count * sizeof(int64_t)))
+  if (posix_memalign((void **)&memory, 64,
+                     (T + entries) * x_bytes + entries * (h_bytes + s->width * size) +
+                         threads * room_bytes + count * sizeof(int64_t)))
     return 1;
   char *xs = memory, *gathered = xs + T * x_bytes, *hs = gathered + entries * x_bytes;
   char *rooms = hs + entries * h_bytes;
   int64_t *at = (int64_t *)(rooms + threads * room_bytes); /* first entry of an expert in here */
+  char *between = (char *)(at + count); /* what gate and up left, not prepared yet */
   for (int64_t e = 0, sum = 0; e < count; sum += experts[e++].tokens) at[e] = sum;
-  for (int64_t j = 0; j < entries; j++) /* beyond I there are zeros, as `prepare` leaves them */
-    memset(hs + (j + 1) * h_bytes - h_bytes * 64 / padded(s->width), 0,
-           h_bytes * 64 / padded(s->width));
   const int64_t up_chunk = chunk(2 * s->stride[0]), up_per = pieces(s->width, up_chunk);
   const int64_t down_chunk = chunk(s->stride[1]), down_per = pieces(s->hidden, down_chunk);
   int64_t up_next = 0, down_next = 0, room_next = 0;
@@ -491,9 +631,12 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
       const int64_t e = c / up_per, from = c % up_per * up_chunk;
       const char *in = gather ? gathered + at[e] * x_bytes : xs;
       for (int64_t row = from; row < least(from + up_chunk, s->width); row += 16)
-        gate_up(experts + e, s, row, in, x_bytes, hs + at[e] * h_bytes, h_bytes, room);
+        gate_up(experts + e, s, row, in, x_bytes, between + at[e] * s->width * size, room);
     }
 #pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < entries; j++)
+      prepare(between, j * s->width, s->width, hs + j * h_bytes, s->kind, s->dtype);
     for (int64_t c; (c = take(&down_next)) < down_per * count;) {
       const int64_t e = c / down_per, from = c % down_per * down_chunk;
       const int64_t to = least(from + down_chunk, s->hidden);
@@ -515,7 +658,7 @@ int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t c
   char *memory = NULL;
   if (posix_memalign((void **)&memory, 64, n * x_bytes + threads * room_bytes)) return 1;
   char *rooms = memory + n * x_bytes;
-  const int bf16 = wants_bf16(all[0].kind, dtype);
+  const int form = form_of(all[0].kind, dtype);
   const int64_t size = chunk(all[0].stride);
   int64_t units = 0, next = 0, room_next = 0;
   for (int64_t i = 0; i < count; i++) units += pieces(lines[i], size);
@@ -530,7 +673,7 @@ int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t c
       const int64_t to = least((c + 1) * size, lines[i]);
       for (int64_t row = c * size; row < to; row += 16) {
         const int64_t now = least(16, to - row);
-        dot(all + i, row, now, memory, x_bytes, n, room, bf16);
+        dot(all + i, row, now, memory, x_bytes, n, room, form);
         for (int64_t line = 0; line < now; line++)
           for (int64_t t = 0; t < n; t++)
             store(y[i], t * lines[i] + row + line, room[line * n + t], dtype);

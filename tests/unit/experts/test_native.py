@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy import native
+from understudy import formats, native
+from understudy.core import STORED
 from understudy.experts.compute import Batch, ExpertMlp
 from understudy.experts.store import Weights
 
@@ -86,6 +87,72 @@ def test_the_smallest_scale_of_mxfp4_is_not_zero() -> None:
         assert native.linears(x, [(codes, scales)], "mxfp4", 32)[0].item() == 2.0**-22
 
 
+# Integer weights against bf16 inputs: inputs become integers that share an exponent per 128.
+
+KINDS = {"int8": 0, "int4": 64, "mxfp4": 32}  # and how many weights share a scale
+
+
+def some_codes(kind: str, lines: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if kind == "int8":
+        codes = torch.randint(-128, 128, (lines, k), dtype=torch.int8)
+        return codes, torch.rand(lines) + 0.5
+    codes = torch.randint(0, 256, (lines, k // 2), dtype=torch.uint8)
+    if kind == "int4":
+        return codes, (torch.rand(lines, k // 64) + 0.5).half()
+    return codes, torch.randint(120, 132, (lines, k // 32), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("k", [1, 63, 64, 65, 127, 128, 129, 200, 1100])
+def test_int8_lines_of_any_length(k: int) -> None:
+    torch.manual_seed(k)
+    codes, scales = some_codes("int8", 19, k)
+    x = torch.randn(3, k).bfloat16()
+    expected = (x.double() @ (codes.double() * scales.double()[:, None]).T).bfloat16()
+    found = native.linears(x, [(codes, scales)], "int8")[0]
+    assert (found - expected).abs().max() <= CLOSE[torch.bfloat16] * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [0.0, 2.0**-100, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("outlier", [1, 1000])
+def test_bf16_inputs_of_every_size_agree_with_fp32_ones(
+    kind: str, size: float, outlier: int
+) -> None:
+    torch.manual_seed(1)
+    codes, scales = some_codes(kind, 33, 448)
+    x = (torch.randn(2, 448) * size).bfloat16()
+    x[:, 77] *= outlier
+    expected = native.linears(x.float(), [(codes, scales)], kind, KINDS[kind])[0]
+    found = native.linears(x, [(codes, scales)], kind, KINDS[kind])[0]
+    assert (found - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_input_that_is_no_number_never_looks_like_one(kind: str, bad: float) -> None:
+    codes, scales = some_codes(kind, 5, 320)
+    codes[codes == 0] = 1  # infinity times zero is another matter
+    x = torch.ones(2, 320).bfloat16()
+    x[0, 200] = bad
+    found = native.linears(x, [(codes, scales)], kind, KINDS[kind])[0]
+    assert not found[0].isfinite().any()
+    assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_integer_products_depend_on_no_other_row(kind: str) -> None:
+    torch.manual_seed(2)
+    codes, scales = some_codes(kind, 37, 704)
+    x = torch.randn(9, 704).bfloat16()
+    alone = [native.linears(row[None], [(codes, scales)], kind, KINDS[kind])[0] for row in x]
+    for rows in range(1, 10):
+        for first in (0, 9 - rows):
+            some = x[first : first + rows]
+            found = native.linears(some, [(codes, scales)] * 2, kind, KINDS[kind])
+            expected = torch.cat(alone[first : first + rows])
+            assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+
+
 # ------------------------------------------------------------------------------ whole experts
 
 
@@ -112,9 +179,10 @@ def experts(count: int, hidden: int, width: int, dtype: torch.dtype) -> list[Wei
 
 
 def run(
-    x: torch.Tensor, ids: list[list[int]], some: list[Weights], groups: list[list[int]], rows: int
-) -> torch.Tensor:
-    mlp = ExpertMlp(_Module(), native_rows=rows)
+    x: torch.Tensor, ids: list[list[int]], some: list[Weights], groups: list[list[int]], rows: int,
+    format: str = STORED,
+) -> torch.Tensor:  # fmt: skip
+    mlp = ExpertMlp(_Module(), format, native_rows=rows)
     batch = Batch(x, torch.tensor(ids), torch.ones(len(ids), len(ids[0]), dtype=x.dtype))
     for group in groups:
         batch.compute_many([(e, some[e]) for e in group], mlp)
@@ -147,6 +215,32 @@ def test_bits_depend_neither_on_company_nor_on_order_nor_on_threads(dtype: torch
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             assert torch.equal(together, run(x, ids, some, [[0, 1, 2, 3]], rows=8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bits_of_packed_experts_depend_neither_on_company_nor_on_threads(kind: str) -> None:
+    torch.manual_seed(3)
+    coder, some = formats.get(kind), []
+    for _ in range(4):
+        made: dict[str, tuple[torch.Tensor, ...]] = {}
+        for name, shape in (("gate_up_proj", (384, 160)), ("down_proj", (160, 192))):
+            codes, scales = coder.pack(torch.randn(*shape) * 0.2).values()
+            made |= {name: (codes,), f"{name}_scales": (scales,)}
+        some.append(Weights(made))
+    x = torch.randn(3, 160).bfloat16()
+    ids = [[0, 1], [2, 1], [1, 3]]
+    together = run(x, ids, some, [[0, 1, 2, 3]], rows=8, format=kind)
+    theirs = run(x, ids, some, [[0, 1, 2, 3]], rows=0, format=kind)
+    assert (together - theirs).abs().max() <= 2 * CLOSE[x.dtype] * theirs.abs().max()
+    assert torch.equal(together, run(x, ids, some, [[3], [1], [0], [2]], rows=8, format=kind))
+    alone = [run(x[t : t + 1], [ids[t]], some, [ids[t]], 8, kind) for t in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(together, run(x, ids, some, [[0, 1, 2, 3]], rows=8, format=kind))
     finally:
         torch.set_num_threads(threads)
 
