@@ -367,13 +367,18 @@ def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> fr
     if o.frame == "eager" or (o.frame == "auto" and a.checkpoint.nbytes < COMPILE_BYTES):
         return None
     say("compiling the decoder layers (once per machine, then read from the cache)")
-    native = any(mlp.native_rows for mlp in runtime.mlps)
-    products = torch.ops.understudy.products.default if native else None
+    products = _products(runtime.mlps)
     config, guests = guest.text_config(model.config), guest.guests(model)
     built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), products)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
     return built
+
+
+def _products(mlps: Sequence[ExpertMlp]) -> Any:
+    """The native products of one row, where the native kernel is in use."""
+    native = any(mlp.native_rows for mlp in mlps)
+    return torch.ops.understudy.products.default if native else None
 
 
 def _given_up(asked: Options, o: Options, runtime: Runtime) -> Iterator[str]:
@@ -475,7 +480,7 @@ def _assemble(
         transfer=transfer,
         lock=lock,
         mlps=mlps,
-        lookahead=Lookahead(guest.routers(model, a.modules)),
+        lookahead=Lookahead(guest.routers(model, a.modules), _products(mlps)),
     ), choices
 
 

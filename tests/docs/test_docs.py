@@ -193,10 +193,11 @@ def test_every_policy_has_its_section_and_nothing_else_has() -> None:
 def test_constants_are_those_of_the_code() -> None:
     """Numbers that pages quote; whoever changes one is told which pages speak of it."""
     assert transfer.DEMAND_BLOCK == 2 << 20, "how-it-works, glossary"
-    assert transfer.SPECULATION_BLOCK == 1 << 20, "how-it-works, glossary, decisions"
+    assert transfer.SPECULATION_BLOCK == 2 << 20, "how-it-works, glossary"
     assert MINIMUM_SLOTS == 2, "how-it-works"
     trial = (SelfSwitch.WARM_UP, SelfSwitch.BLOCK, SelfSwitch.BLOCKS, SelfSwitch.SETTLE)
-    assert (*trial, SelfSwitch.REST) == (16, 16, 6, 2, 512), "policies, decisions"
+    assert trial == (8, 6, 6, 2), "policies, decisions"
+    assert (SelfSwitch.REST, SelfSwitch.REST_OFF) == (1024, 256), "policies, decisions"
 
 
 def test_glossary_is_in_order() -> None:

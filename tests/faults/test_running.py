@@ -28,7 +28,6 @@ from understudy.core import (
 )
 from understudy.engine import Engine, load
 from understudy.experts.store import Chunk
-from understudy.experts.transfer import SPECULATION_BLOCK
 
 NEW = 8
 
@@ -236,7 +235,8 @@ def test_failing_speculation_disturbs_nobody(
     chunks, read, failed = source.chunks, source.read, []
 
     def mark(expert: ExpertId, slot: int, block: int) -> list[Chunk]:
-        nowhere = block == SPECULATION_BLOCK
+        slot_of = model.understudy.runtime.director.book.slot(expert)
+        nowhere = slot_of.unused  # brought by speculation
         return [c._replace(file=-1) if nowhere else c for c in chunks(expert, slot, block)]
 
     def refuse(chunk: Chunk) -> None:

@@ -7,7 +7,7 @@ One lock guards the residency book and this queue. Workers hold it only between 
 are waited for: work (by workers) and landings (by whoever computes). Rules:
 
 * a demand goes before all speculation, chunk by chunk; speculation starts only when no demand is
-  queued or under way, in chunks of at most 1 MiB, `SPECULATION_READS` at a time, so that a demand
+  queued or under way, in chunks of at most 2 MiB, `SPECULATION_READS` at a time, so that a demand
   never waits long behind one
 * a speculation takes its slot when it is issued, not when it is queued; queued ones are replaced by
   the next plan
@@ -30,7 +30,7 @@ from understudy.experts.store import Chunk, Store
 from understudy.policies.residency import Residency, Slot
 
 DEMAND_BLOCK = 2 << 20
-SPECULATION_BLOCK = 1 << 20
+SPECULATION_BLOCK = 2 << 20
 SPECULATION_READS = 2  # as many as saturate the link; all of them delay a demand that comes now
 
 

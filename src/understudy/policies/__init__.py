@@ -79,6 +79,10 @@ class Predictor:
         """Experts of later layers, in any order; probabilities should be calibrated."""
         return []
 
+    def resident(self, guesses: Sequence[Guess]) -> None:
+        """These, of its last answer, need not be fetched: how often they are right is no measure
+        for the others."""
+
 
 class RouteTransform:
     """Decides who runs. The *only* place that may change which expert runs, or its weight.

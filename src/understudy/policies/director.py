@@ -19,6 +19,8 @@ from understudy.policies import Evictor, MissResolver, Predictor, RouteTransform
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency, Slot, State
 
+LEAST = 0.5  # a guess that is wrong more often than right takes the link from one that is right
+
 
 class Director:
     """See the head of this file. ``counters`` are filled as plans are made and carried out."""
@@ -75,9 +77,9 @@ class Director:
         self.predictor.observe(event)
         guesses = self.predictor.predict(event) if self.switch.on else []
         self._wanted = {g.expert for g in guesses}
-        useful = [
-            g for g in guesses if g.expert not in self.book and self.resolver.would_fetch(g.expert)
-        ]
+        self.predictor.resident([g for g in guesses if g.expert in self.book])
+        missing = [g for g in guesses if g.probability >= LEAST and g.expert not in self.book]
+        useful = [g for g in missing if self.resolver.would_fetch(g.expert)]
         useful.sort(key=lambda g: (g.layers_until, -g.probability))
         return tuple(useful)
 

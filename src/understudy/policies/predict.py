@@ -19,17 +19,20 @@ class NoPrediction(Predictor):
 
 
 class _Calibrated(Predictor):
-    """Turns ranked candidates into probabilities by counting how often each rank was right."""
+    """Turns ranked candidates into probabilities by counting how often each rank was right, among
+    the experts that were not resident: those are rarer, and a guess of them is less often right."""
 
     def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
         super().__init__(layers=layers, experts=experts, depth=depth)
-        self._open: dict[int, list[tuple[int, tuple[int, int]]]] = {}
+        # Layer -> (expert, how far ahead) -> its rank, until that layer comes.
+        self._open: dict[int, dict[tuple[int, int], int]] = {}
         self._right: dict[tuple[int, int], float] = {}
         self._asked: dict[tuple[int, int], float] = {}
 
     def observe(self, event: LayerEvent) -> None:
         came = {e for row in event.ids for e in row}
-        for expert, key in self._open.pop(event.layer, ()):
+        for (expert, ahead), rank in self._open.pop(event.layer, {}).items():
+            key = ahead, rank
             # Halving keeps the estimate on the last few hundred guesses.
             if self._asked.get(key, 0) > 256:
                 self._asked[key] /= 2
@@ -39,10 +42,15 @@ class _Calibrated(Predictor):
 
     def _guess(self, layer: int, expert: int, rank: int, ahead: int) -> Guess:
         key = (ahead, rank)
-        self._open.setdefault(layer, []).append((expert, key))
+        self._open.setdefault(layer, {})[expert, ahead] = rank
         # Two imaginary guesses, one of them right: a new rank starts at one half.
         probability = (self._right.get(key, 0) + 1) / (self._asked.get(key, 0) + 2)
         return Guess(ExpertId(layer, expert), probability, ahead)
+
+    def resident(self, guesses: Sequence[Guess]) -> None:
+        for guess in guesses:
+            (layer, expert), ahead = guess.expert, guess.layers_until
+            self._open.get(layer, {}).pop((expert, ahead), None)
 
 
 class LastToken(_Calibrated):
@@ -120,16 +128,18 @@ class NextGate(_Calibrated):
 class SelfSwitch:
     """Speculation switches itself off while it loses.
 
-    Losing, defined: after `WARM_UP` decode steps, in alternating blocks of `BLOCK` steps with and
-    without speculation, the median step was not faster with it. The trial is repeated after `REST`
-    steps, since texts and machines change. It is given measured seconds; it reads no clock.
+    Losing, defined: after `WARM_UP` decode steps, in alternating blocks of `BLOCK` steps without
+    and with speculation, the median step was slower with it by more than `DOUBT`. The trial is
+    repeated, since texts and machines change: sooner after a loss, because a lost trial is as often
+    noise as truth and off earns nothing. It is given measured seconds; it reads no clock.
     """
 
-    WARM_UP = 16  # a cold cache would be blamed on whoever comes first
-    BLOCK = 16
+    WARM_UP = 8  # a cold cache would be blamed on whoever comes first
+    BLOCK = 6
     BLOCKS = 6  # off, on, off, on, off, on
     SETTLE = 2  # the first steps of a block still live off (or suffer from) the block before
-    REST = 512
+    DOUBT = 0.02  # less than a trial can tell apart
+    REST, REST_OFF = 1024, 256
 
     def __init__(self, *, enabled: bool = True, adaptive: bool = True) -> None:
         """``enabled``: whether it is ever on; ``adaptive``: whether it may switch."""
@@ -159,7 +169,7 @@ class SelfSwitch:
         if 0 <= place < end:
             self.on = (place // self.BLOCK) % 2 == 1
         elif place == end:
-            self.on = median(self._with) < median(self._without)
-        elif place >= end + self.REST:
+            self.on = median(self._with) <= median(self._without) * (1 + self.DOUBT)
+        elif place >= end + (self.REST if self.on else self.REST_OFF):
             self._begin()
             self.on = True

@@ -13,10 +13,11 @@ import pytest
 
 from understudy.core import ExpertId, Guess, ReadFailed, UnderstudyError
 from understudy.experts.store import Chunk
-from understudy.experts.transfer import TransferQueue
+from understudy.experts.transfer import SPECULATION_BLOCK, TransferQueue
 from understudy.policies.residency import Residency, Slot, State
 
 MIB = 1 << 20
+PIECE = SPECULATION_BLOCK
 PATIENCE = 10.0  # seconds until a test that would hang fails instead
 
 A, B, C, D = (ExpertId(0, i) for i in range(4))
@@ -210,27 +211,27 @@ def test_one_expert_is_read_by_several_threads_and_ready_after_its_last_byte() -
 
 
 def test_speculation_is_read_in_pieces_and_in_order() -> None:
-    source = Valve(5 * MIB // 2, open_valve=True)
+    source = Valve(5 * PIECE // 2, open_valve=True)
     with desk(source) as d:
         d.speculate(B, A)
         d.until_ready(A, B)
     assert [(r.expert, r.nbytes) for r in source.begun] == [
-        (e, n) for e in (B, A) for n in (MIB, MIB, MIB // 2)
+        (e, n) for e in (B, A) for n in (PIECE, PIECE, PIECE // 2)
     ]
 
 
 def test_demand_overtakes_speculation_between_two_pieces() -> None:
-    source = Valve(2 * MIB)
+    source = Valve(2 * PIECE)
     with desk(source) as d:
         d.speculate(A, B)
         (piece,) = source.expect(A)
         d.demand(C, D)
         source.let(piece)
-        for expert in (C, D, A, B, B):  # the rest of A only when nobody needs anything
+        for expert in (C, C, D, D, A, B, B):  # the rest of A only when nobody needs anything
             (read,) = source.expect(expert)
             source.let(read)
         d.until_ready(A, B, C, D)
-    assert [r.expert for r in source.begun] == [A, C, D, A, B, B]
+    assert [r.expert for r in source.begun] == [A, C, C, D, D, A, B, B]
 
 
 def test_idle_threads_do_not_speculate_beside_a_demand() -> None:
@@ -294,7 +295,7 @@ def test_who_gets_no_slot_is_passed_over() -> None:
 
 
 def test_a_late_hit_waits_for_the_speculation_and_nothing_is_read_twice() -> None:
-    source = Valve(3 * MIB)
+    source = Valve(3 * PIECE)
     with desk(source) as d:
         d.speculate(A, B)
         source.expect(A)
@@ -304,7 +305,7 @@ def test_a_late_hit_waits_for_the_speculation_and_nothing_is_read_twice() -> Non
         d.until_ready(A, B, C)
     assert source.order() == [A, C, B]  # A before the later demand, B after all demands
     a = [(r.offset, r.nbytes) for r in source.begun if r.expert == A]
-    assert a == [(i * MIB, MIB) for i in range(3)]
+    assert a == [(i * PIECE, PIECE) for i in range(3)]
 
 
 def test_promoting_twice_or_somebody_else_changes_nothing() -> None:
@@ -589,22 +590,22 @@ def test_stress(seed: int, threads: int) -> None:
 
 
 def test_a_speculation_that_the_truth_overtook_is_given_up() -> None:
-    source = Valve(4 * MIB)
+    source = Valve(4 * PIECE)
     with desk(source) as d:
         d.speculate(A)
         (first,) = source.expect(A)
         d.overtaken.add(A)
         source.let(first)
         d.until(lambda: A not in d.book)
-        assert d.given_up == [(A, 3 * MIB)]
+        assert d.given_up == [(A, 3 * PIECE)]
         assert len(source.begun) == 1
 
 
 def test_speculation_leaves_room_for_a_demand() -> None:
-    source = Valve(8 * MIB)
+    source = Valve(8 * PIECE)
     with desk(source, threads=4) as d:
         d.speculate(A)
-        source.expect(A, A)  # two reads of 1 MiB, however many workers there are
+        source.expect(A, A)  # two pieces, however many workers there are
         d.demand(B)
         source.expect(A, A, B, B)
         source.open_up()

@@ -218,9 +218,10 @@ def test_events_of_any_size_run_through_with_any_order_of_arrival(seed: int, evi
 def test_guesses_worth_issuing_soonest_and_likeliest_first() -> None:
     script = [
         guess(2, 0, 0.9, ahead=2),
-        guess(1, 0, 0.3),
+        guess(1, 0, 0.5),
         guess(1, 1, 0.8),
         guess(1, 2, 1.0),
+        guess(1, 3, 0.49),  # wrong more often than right
     ]
     d = direct(6, {0: script})
     carry_out(d, event(1, 2))  # resident already

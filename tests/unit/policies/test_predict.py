@@ -150,6 +150,18 @@ def test_an_event_without_an_open_guess_teaches_nothing() -> None:
     assert p.predict(told(0, l1=[[3]])) == [Guess(ExpertId(1, 3), 0.5, 1)]
 
 
+def test_what_was_resident_when_it_was_guessed_teaches_nothing() -> None:
+    p = NextGate(layers=3, experts=[4] * 3, depth=2)
+    for _ in range(8):  # right about residents, wrong about the others
+        guesses = p.predict(told(0, l1=[[1, 2]], l2=[[1, 2]]))
+        p.resident([g for g in guesses if g.expert.expert == 1])
+        p.observe(LayerEvent(0, 1, Phase.DECODE, ids=[[1, 3]]))
+        p.observe(LayerEvent(0, 2, Phase.DECODE, ids=[[1, 3]]))
+    assert [g.probability for g in p.predict(told(0, l1=[[1, 2]], l2=[[1, 2]]))] == [
+        0.5, 0.1, 0.5, 0.1
+    ]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------- the switch
 
 WARM_UP = SelfSwitch.WARM_UP
@@ -180,14 +192,16 @@ def test_a_cold_cache_is_blamed_on_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on", "off", "stays"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)]
+    ("on", "off", "stays"),
+    [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, True), (1.01, 1.0, True), (1.03, 1.0, False)],
 )
-def test_it_stays_on_only_if_that_is_faster_and_tries_again_later(
+def test_it_stays_on_unless_that_is_slower_and_tries_again_later(
     on: float, off: float, stays: bool
 ) -> None:
     switch = SelfSwitch()
     drive(switch, TRIAL, on, off)
-    assert set(drive(switch, SelfSwitch.REST, on, off)) == {stays}
+    rest = SelfSwitch.REST if stays else SelfSwitch.REST_OFF
+    assert set(drive(switch, rest, on, off)) == {stays}
     b = SelfSwitch.BLOCK
     next_trial = [True] * WARM_UP + [False] * b + [True] * b
     assert drive(switch, WARM_UP + 2 * b, on, off) == next_trial
@@ -195,7 +209,7 @@ def test_it_stays_on_only_if_that_is_faster_and_tries_again_later(
 
 def test_a_later_trial_judges_by_itself() -> None:
     switch = SelfSwitch()
-    drive(switch, TRIAL + SelfSwitch.REST, on=5.0, off=4.0)
+    drive(switch, TRIAL + SelfSwitch.REST_OFF, on=5.0, off=4.0)
     drive(switch, TRIAL, on=2.0, off=3.0)  # now it pays, though 5, 4 and 2, 3 together say no
     assert set(drive(switch, SelfSwitch.REST, on=2.0, off=3.0)) == {True}
 
