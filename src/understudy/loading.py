@@ -44,7 +44,7 @@ from understudy.policies.residency import Residency
 from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
 
 DEFAULT_CONTEXT = 4096
-COMPILE_BYTES = 512 << 20  # below, a token costs less than the compiler does
+COMPILE_BYTES = 800 << 20  # compiling takes seconds and some hundred MiB: not for small models
 PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
 
 Dtype = str | torch.dtype
@@ -61,7 +61,7 @@ class Options:
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4
-    frame: str = "auto"  # compiled or eager decoder layers; auto: compiled from 512 MiB on
+    frame: str = "auto"  # compiled or eager decoder layers; auto: compiled from 800 MiB on
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True

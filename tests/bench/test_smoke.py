@@ -62,6 +62,7 @@ def test_overhead_smoke() -> None:
         "plain",
         "speculating",
         "speculating + routers",
+        "missing",
     ]
 
 

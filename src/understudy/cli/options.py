@@ -85,7 +85,7 @@ class EngineOptions:
         str,
         option(
             "--frame",
-            help="Decoder layers: auto (compiled from 512 MiB on), compiled, eager.",
+            help="Decoder layers: auto (compiled from 800 MiB on), compiled, eager.",
             metavar="NAME",
         ),
     ] = "auto"
