@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ from understudy import bench as own_bench
 from understudy.core import UnderstudyError
 
 Rows = list[dict[str, Any]]
+
+
+def main(
+    page: str | None,
+    cells: str,
+    smoke: dict[str, Any],
+    to_rows: Callable[[Score, int, int], Rows],
+    columns: Sequence[Any],
+    ratios: Callable[[Rows], dict[str, float]],
+    **defaults: Any,
+) -> int:
+    """The command: ``page`` is its docstring, ``smoke`` what is different with --smoke."""
+    parser = arguments((page or "").splitlines()[0], cells)
+    parser.set_defaults(**defaults)
+    if "--smoke" in sys.argv:
+        parser.set_defaults(**smoke)
+    return run(parser.parse_args(), to_rows, columns, ratios)
 
 
 def arguments(purpose: str, cells: str) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cells import Bar, Cell, stored_bytes
-from understudy import demo
+from understudy import demo, native
 from understudy.core import UnderstudyError
 
 OWN = "bench.own:Understudy"
@@ -105,7 +105,7 @@ def prepared(contestant: Contestant, twin: Path, bar: Bar) -> Path:
 def _as_gguf(quantization: str, twin: Path, bar: Bar) -> Path:
     from bench.peers import gguf_file
 
-    path = demo.cache_folder() / f"{twin.name}-{quantization}.gguf"
+    path = native.cache_folder() / f"{twin.name}-{quantization}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         demo.check_disk(path.parent, stored_bytes(twin))
@@ -115,7 +115,7 @@ def _as_gguf(quantization: str, twin: Path, bar: Bar) -> Path:
 
 def _packed(form: str, twin: Path, bar: Bar) -> Path:
     """``understudy pack`` writes it, where this version has that command."""
-    path = demo.cache_folder() / f"{twin.name}-{form}"
+    path = native.cache_folder() / f"{twin.name}-{form}"
     if path.is_dir():
         return path
     if importlib.util.find_spec("understudy.packing") is None:

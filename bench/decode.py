@@ -5,7 +5,8 @@
 
 Wide twins of the reference models (3 GB) continue real text. Every contestant is a process of its
 own in a memory cgroup of the same size, all alternate on the same tokens, and the floors are
-computed from bandwidths measured between the rounds. The last line is JSON.
+computed from the best bandwidths of the run: measured between rounds, or reached by our own reads.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,15 +21,9 @@ from bench import contest, rows, show
 CELLS = "fine:ram,fine:50,fine:33,fine:25,coarse:ram,coarse:50,coarse:33,coarse:25"
 SMOKE = {"cells": "fine:33,coarse:50", "repeats": 2, "prompt_tokens": 64, "new_tokens": 17}
 
-
-def main() -> int:
-    parser = contest.arguments((__doc__ or "").splitlines()[0], CELLS)
-    if "--smoke" in sys.argv:
-        parser.set_defaults(**SMOKE)
-    return contest.run(
-        parser.parse_args(), rows.decode_rows, show.DECODE_COLUMNS, show.decode_ratios
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        contest.main(
+            __doc__, CELLS, SMOKE, rows.decode_rows, show.DECODE_COLUMNS, show.decode_ratios
+        )
+    )

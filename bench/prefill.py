@@ -20,16 +20,15 @@ from bench import contest, rows, show
 CELLS = "fine:ram,fine:33,coarse:ram,coarse:33"
 SMOKE = {"cells": "fine:33,coarse:ram", "repeats": 2, "prompt_tokens": 256}
 
-
-def main() -> int:
-    parser = contest.arguments((__doc__ or "").splitlines()[0], CELLS)
-    parser.set_defaults(new_tokens=1)
-    if "--smoke" in sys.argv:
-        parser.set_defaults(**SMOKE)
-    return contest.run(
-        parser.parse_args(), rows.prefill_rows, show.PREFILL_COLUMNS, show.prefill_ratios
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        contest.main(
+            __doc__,
+            CELLS,
+            SMOKE,
+            rows.prefill_rows,
+            show.PREFILL_COLUMNS,
+            show.prefill_ratios,
+            new_tokens=1,
+        )
+    )

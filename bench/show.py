@@ -13,10 +13,13 @@ from understudy.plan import shown_size
 
 Row = dict[str, Any]
 
-DECODE_COLUMNS = (
+WHO: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("cell", lambda r: _cell(r)),
     ("contestant", lambda r: r["contestant"]),
     ("format", lambda r: r["format"]),
+)
+DECODE_COLUMNS = (
+    *WHO,
     ("ms/token", lambda r: _ms(r["tpot_ms"])),
     ("min-max", lambda r: f"{_ms(r['tpot_min_ms'])}-{_ms(r['tpot_max_ms'])}"),
     ("TTFT", lambda r: _ms(r["ttft_ms"])),
@@ -31,9 +34,7 @@ DECODE_COLUMNS = (
     ("x understudy", lambda r: _times(r["against"].get("understudy"))),
 )
 PREFILL_COLUMNS = (
-    ("cell", lambda r: _cell(r)),
-    ("contestant", lambda r: r["contestant"]),
-    ("format", lambda r: r["format"]),
+    *WHO,
     ("TTFT ms", lambda r: _ms(r["ttft_ms"])),
     ("min-max", lambda r: f"{_ms(r['ttft_min_ms'])}-{_ms(r['ttft_max_ms'])}"),
     ("tokens/s", lambda r: f"{r['tokens_per_second']:.0f}"),

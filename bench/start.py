@@ -33,9 +33,7 @@ from understudy.core import UnderstudyError
 
 Start = dict[str, Any]
 COLUMNS = (
-    ("cell", lambda r: f"{r['model']}:{r['share']}"),
-    ("contestant", lambda r: r["contestant"]),
-    ("format", lambda r: r["format"]),
+    *show.WHO,
     ("load s", lambda r: f"{r['load_s']:.2f}"),
     ("first token s", lambda r: f"{r['first_s']:.2f}"),
     ("start s", lambda r: f"{r['start_s']:.2f}"),
@@ -71,7 +69,6 @@ def row(
     return {
         "model": cell.model,
         "budget_fraction": cell.fraction,
-        "share": "ram" if cell.percent is None else f"{cell.percent:g}",
         "contestant": contestant.name,
         "format": contestant.format,
         "skipped": None,

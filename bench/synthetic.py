@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.cells import Bar
-from understudy import demo
+from understudy import demo, native
 
 LAYERS, TOP_K, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 8, 4, 1024, 512, 4, 2, 64
 
@@ -24,7 +24,7 @@ LAYERS, TOP_K, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 8, 4, 1024, 512, 4, 2, 64
 def checkpoint(experts: int, bar: Bar) -> Path:
     """A model with ``experts`` experts of 3 MiB in each of 8 layers, made once into the cache."""
     source = demo.models_folder() / "fine"  # its tokenizer, its vocabulary
-    folder = demo.cache_folder() / f"synthetic-{LAYERS}x{experts}"
+    folder = native.cache_folder() / f"synthetic-{LAYERS}x{experts}"
     if folder.is_dir():
         return folder
     demo.check_disk(folder.parent, LAYERS * experts * 3 * HIDDEN * WIDTH * 2)

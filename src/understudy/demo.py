@@ -22,6 +22,7 @@ from understudy import bench
 from understudy import plan as planning
 from understudy.bench import LRU, NO_CACHE, UNDERSTUDY, Rates, Report, Row
 from understudy.core import NotEnoughDisk, Phase, UnderstudyError
+from understudy.native import cache_folder
 
 REFERENCE_MODELS = ("fine", "coarse")  # the first that exists
 RESIDENT_SHARE = 0.4
@@ -54,14 +55,6 @@ def reference_model() -> Path:
         if (folder / name / "config.json").is_file():
             return folder / name
     raise UnderstudyError(f"{folder} holds none of {', '.join(REFERENCE_MODELS)}; clone again")
-
-
-def cache_folder() -> Path:
-    """Where large things that can be made again are kept."""
-    if named := os.environ.get("UNDERSTUDY_CACHE"):
-        return Path(named)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "understudy"
 
 
 def twin_of(model: Path, bar: Bar, multiple: int | None = None) -> Path:

@@ -372,6 +372,8 @@ def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> fr
     built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), products)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
+    for reason in built.called:
+        say(f"note: compiled, but its calls are not repeated by C: {reason}")
     return built
 
 

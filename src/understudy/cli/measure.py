@@ -258,7 +258,8 @@ def largest_file(path: Path | None) -> Path | None:
 
 
 def _known_weights() -> list[Path]:
-    from understudy.demo import cache_folder, models_folder
+    from understudy.demo import models_folder
+    from understudy.native import cache_folder
 
     folders = [cache_folder()]
     try:

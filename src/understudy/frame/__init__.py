@@ -1,7 +1,10 @@
 """The frame compiled: what a decoder layer does around attention and experts, as one call.
 
-Knows: transformers' decoder layers, attention interface and caches, make_fx and inductor. Does not
-know: experts, budgets, policies. Decode steps of one sequence only; everything else runs eager.
+    recorder    watches one eager step            operators    attention and experts
+    tracing     the layer as compiled code        program      its calls, repeated by C
+
+Knows: transformers' decoder layers, which of them look alike. Does not know: experts, budgets,
+policies. Decode steps of one sequence only; everything else runs eager.
 
 A layer of one token is some seventy small operations; in eager mode their dispatch costs more than
 their arithmetic. So the layer is traced once with its parameters as inputs, compiled, and called
@@ -48,7 +51,7 @@ class Code:
         self.program: Program | None = None
         self.why_not = "" if native.library() is not None else "no C compiler"  # no program
 
-    def note(self, call: Call, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def note(self, call: Call, tensors: Sequence[torch.Tensor]) -> None:
         """Run once and keep the steps. ``tensors``: those of the call, then the parameters."""
         try:
             with Tape(tensors) as tape:
@@ -56,8 +59,6 @@ class Code:
             self.program = Program(tape.notes(out), len(tensors), OPAQUE)
         except NotNoted as e:
             self.why_not = str(e)
-            (out,) = self.function(torch.tensor(call.index), *tensors)
-        return out  # type: ignore[no-any-return]
 
 
 class CompiledLayer:
@@ -73,7 +74,9 @@ class CompiledLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden, cache = args[0], kwargs.get("past_key_values")
-        if hidden.shape != self.shape or cache is None or torch.is_grad_enabled():
+        if hidden.shape != self.shape or hidden.dtype != self.dtype:
+            return self.eager(*args, **kwargs)  # type: ignore[no-any-return]
+        if cache is None or torch.is_grad_enabled():
             return self.eager(*args, **kwargs)  # type: ignore[no-any-return]
         if any(kwargs.get(name) != value for name, value in self.inputs.constants):
             return self.eager(*args, **kwargs)  # type: ignore[no-any-return]
@@ -113,10 +116,12 @@ class CompiledLayer:
 
 @dataclass(frozen=True)
 class Frame:
-    """``compiled``: how many decoder layers run compiled; ``eager``: why the others do not."""
+    """``compiled``: how many decoder layers run compiled; ``eager``: why the others do not;
+    ``called``: why some compiled ones are called through inductor's Python, not repeated by C."""
 
     compiled: int
     eager: tuple[str, ...]
+    called: tuple[str, ...] = ()
 
 
 def compile_frame(
@@ -195,7 +200,8 @@ def _compile_layers(
     for layer, compiled in good:
         compiled.site.args, compiled.site.kwargs, compiled.site.out = (), {}, None
         layer.forward = compiled
-    return Frame(len(good), tuple(reasons))
+    called = dict.fromkeys(c.code.why_not for _, c in good if c.code.program is None)
+    return Frame(len(good), tuple(reasons), tuple(called))
 
 
 def _record(model: Any, recorder: Recorder, routers: Sequence[nn.Module | None]) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+HEADER = Path(__file__).with_name("common.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "mxfp4": 5}
@@ -59,7 +60,7 @@ class Matrix(ctypes.Structure):
 
 
 def cache_folder() -> Path:
-    """Where builds and measured choices are kept."""
+    """Where what can be made again is kept: builds, measured choices, twins."""
     if named := os.environ.get("UNDERSTUDY_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "understudy"
@@ -82,7 +83,7 @@ def identity() -> str:
     compiler = shutil.which(os.environ.get("CC", "cc")) or ""
     version = _output([compiler, "--version"]).split("\n")[0] if compiler else ""
     parts = (
-        *(source.read_text() for source in SOURCES),
+        *(source.read_text() for source in (HEADER, *SOURCES)),
         " ".join(FLAGS),
         compiler,
         version,

@@ -16,10 +16,7 @@
  * OpenMP's symbols are left open: they are those of the library that torch has loaded, so that its
  * threads and ours are the same and never spin against each other.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "common.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -38,27 +35,7 @@
 #define CHUNK_BYTES 131072  /* weights handed to a thread at a time */
 #define AHEAD 4096          /* bytes: the processor's own prefetching stops at the end of a page */
 
-enum kind { F32, F16, BF16, INT8, INT4, MXFP4 };
-
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-
 /* ------------------------------------------------------------------------------ small numbers */
-
-static inline float from_bf16(uint16_t b) {
-  uint32_t u = (uint32_t)b << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-static inline uint16_t to_bf16(float f) { /* to nearest, ties to even, as torch rounds */
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-  return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
 
 #ifdef __FLT16_MAX__
 static inline float from_f16(uint16_t b) { _Float16 h; memcpy(&h, &b, 2); return (float)h; }
@@ -83,24 +60,9 @@ static inline void store(void *p, int64_t i, float f, int dtype) {
   else ((float *)p)[i] = f;
 }
 
-static inline v16 sixteen_bf16(const void *p) {
-  h16 h;
-  memcpy(&h, p, 32);
-  i16 u = __builtin_convertvector(h, i16) << 16;
-  v16 v;
-  memcpy(&v, &u, 64);
-  return v;
-}
-
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline v16 splat(float f) { return (v16){f, f, f, f, f, f, f, f, f, f, f, f, f, f, f, f}; }
-
-static inline float total(v16 a) { /* always by halves */
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) a[i] += a[i + width];
-  return a[0];
-}
 
 /* exp to about 1 ulp of fp32 without a branch: every lane does the same, wherever it stands */
 static inline v16 exp16(v16 x) {
@@ -247,13 +209,6 @@ static void prepare(const void *x, int64_t first, int64_t k, void *row, int kind
 #define UNROLL _Pragma("GCC unroll 8")
 #define INLINE inline __attribute__((always_inline))
 #define LINE const struct matrix *m, int64_t line, const char *const *x, const int rows, float *y
-
-struct matrix {
-  const char *codes;
-  const char *scales;  /* null where the kind has none */
-  int64_t k, stride, scale_stride;  /* bytes from row to row */
-  int kind, group;
-};
 
 static inline float group_scale(const struct matrix *m, int64_t row, int64_t i) {
   const char *s = m->scales + row * m->scale_stride;

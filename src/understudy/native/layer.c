@@ -5,10 +5,7 @@
  *
  * Every result depends on the shapes alone: not on the number of threads, nor on addresses.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "common.h"
 
 /* ---------------------------------------------------------------------------------- steps of a layer
  *
@@ -30,15 +27,6 @@ struct step {
 #define SMALL 131072 /* bytes that one thread reads before a second one has woken up */
 #define MOST_PLACES 32
 #define MOST_MATRICES 15
-
-/* of experts.c */
-struct matrix {
-  const char *codes, *scales;
-  int64_t k, stride, scale_stride;
-  int kind, group;
-};
-int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t count, int32_t dtype,
-                       const char *x, char *const *y, int64_t n, int threads);
 
 /* A callee that takes fewer pointers than it is given does not see the others: the caller places
  * and removes them, on every machine torch runs on. */
@@ -100,34 +88,16 @@ int understudy_steps(const struct step *steps, int64_t count, char *const *bases
 
 /* ---------------------------------------------------------------------- attention of one token */
 
-enum { F32 = 0, BF16 = 2 }; /* of `enum kind` in experts.c */
-
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-
 static inline v16 sixteen(const char *p, int64_t i, int bf16) {
+  if (bf16) return sixteen_bf16(p + 2 * i);
   v16 v;
-  if (!bf16) { memcpy(&v, p + 4 * i, 64); return v; }
-  h16 h;
-  memcpy(&h, p + 2 * i, 32);
-  i16 u = __builtin_convertvector(h, i16) << 16;
-  memcpy(&v, &u, 64);
+  memcpy(&v, p + 4 * i, 64);
   return v;
 }
 
-static inline float sum16(v16 a) {
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; i++) a[i] += a[i + width];
-  return a[0];
-}
-
-static inline void keep(char *p, int64_t i, float f, int bf16) { /* to nearest, ties to even */
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  if (!bf16) { memcpy(p + 4 * i, &u, 4); return; }
-  uint16_t b = (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  memcpy(p + 2 * i, &b, 2);
+static inline void keep(char *p, int64_t i, float f, int bf16) {
+  if (bf16) ((uint16_t *)p)[i] = to_bf16(f);
+  else ((float *)p)[i] = f;
 }
 
 struct attention {
@@ -152,7 +122,7 @@ static void one_head(const struct attention *a, const char *q, const char *k, co
     const char *row = k + t * d * size;
     v16 sum = {0};
     for (int64_t i = 0; i < d; i += 16) sum += sixteen(q, i, a->bf16) * sixteen(row, i, a->bf16);
-    s[t] = sum16(sum) * a->scale;
+    s[t] = total(sum) * a->scale;
   }
   softmax(s, a->tokens);
   for (int64_t from = 0; from < d; from += 64) { /* four chains at a time */
