@@ -3,8 +3,9 @@
     python bench/overhead.py [--models fine,coarse] [--steps 200] [--repeats 5] [--smoke] [--json]
 
 The seam is called directly with the routing of real text. Nothing is transferred: every expert is
-resident, or lands at once; the experts' computation is replaced by nothing. What remains is the
-engine's own: the event, the decision, the book, the sum over ranks. Variants, in turns:
+resident, or lands at once; the experts' kernels are replaced by nothing. What remains is the
+engine's own: the event, the decision, the book, the kernel's arguments, the sum over ranks.
+Variants, in turns:
 
     plain          speculation off
     speculating    predictions from the next layer's scores, which are handed over
@@ -45,7 +46,7 @@ from understudy.core import (
     current_forward,
 )
 from understudy.engine import Engine, inspect
-from understudy.experts.compute import Batch
+from understudy.experts.compute import Batch, Fused
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Slot
 
@@ -61,17 +62,17 @@ COLUMNS = (
 
 @contextmanager
 def no_compute() -> Iterator[None]:
-    """Experts answer at once; their outputs are whatever lay in memory."""
-    doing = {
-        name: getattr(Batch, name) for name in ("compute", "compute_many") if hasattr(Batch, name)
-    }
-    for name in doing:
-        setattr(Batch, name, lambda self, *arguments: None)
+    """The kernels answer at once, and outputs are whatever lay in memory. All that is done for a
+    kernel beforehand, and the sum over ranks, are left as they are."""
+    kernels = [(Fused, "__call__"), (Batch, "_compute")]
+    kept = [getattr(owner, name) for owner, name in kernels]
+    for owner, name in kernels:
+        setattr(owner, name, lambda self, *args, **kwargs: None)
     try:
         yield
     finally:
-        for name, method in doing.items():
-            setattr(Batch, name, method)
+        for (owner, name), method in zip(kernels, kept, strict=True):
+            setattr(owner, name, method)
 
 
 @contextmanager

@@ -205,6 +205,8 @@ class LayerEvent:
 
     def needed(self) -> dict[int, int]:
         """expert -> number of tokens, in order of *last* use: the end of the prompt comes last."""
+        if len(self.ids) == 1 and len(once := dict.fromkeys(self.ids[0], 1)) == len(self.ids[0]):
+            return once
         count: dict[int, int] = {}
         for row in self.ids:
             for e in row:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -96,9 +97,19 @@ class ExpertMlp:
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None
     ) -> torch.Tensor:
         if self.format is not None and scales is not None:
-            return F.linear(x, self.format.unpack(codes, scales, x.dtype))
+            return F.linear(x, self._unpacked(codes, scales, x.dtype))
         matrix = codes.T if self.transposed else codes
         return F.linear(x, matrix if matrix.dtype == x.dtype else matrix.to(x.dtype))
+
+    def _unpacked(
+        self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[out, in] in ``dtype``: in C at the speed of memory where it can be, else by torch."""
+        assert self.format is not None
+        if dtype == torch.bfloat16 and native.library() and self._readable(codes, scales, dtype):
+            kind, group = self._kind(codes, scales)
+            return native.unpacked(codes, scales, kind, group, self._inner(codes))
+        return self.format.unpack(codes, scales, dtype)
 
     def _native(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor | None
@@ -119,10 +130,10 @@ class ExpertMlp:
             return codes.shape[0 if self.transposed else 1]
         return codes.shape[1] * codes.itemsize * 8 // self.format.bits
 
-    def is_native(self, rows: int, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
-        """Whether the native kernel computes ``rows`` tokens in ``dtype``: a matter of shapes and
-        dtypes alone, so the same for all experts of a layer and in every mode."""
-        return rows <= self.native_rows and self.could_be_native(weights, dtype)
+    def most_native(self, weights: Mapping[str, Pieces], dtype: torch.dtype) -> int:
+        """Up to how many tokens of an expert the native kernel computes in ``dtype``: a matter of
+        shapes and dtypes alone, so the same for all experts of a layer and in every mode."""
+        return self.native_rows if self.could_be_native(weights, dtype) else 0
 
     def could_be_native(self, weights: Mapping[str, Pieces], dtype: torch.dtype) -> bool:
         """Whether the native kernel can read such weights, without rounding them."""
@@ -171,6 +182,7 @@ class Fused:
             (group, mlp._kind(down, down_scales)[1]),
             native.KINDS[native.name_of(dtype)],
         )
+        self._shape = ctypes.addressof(self.shape)
         lib = native.library()
         assert lib is not None
         self._call = lib.understudy_swiglu
@@ -190,7 +202,7 @@ class Fused:
         tokens: torch.Tensor, places: torch.Tensor,
     ) -> None:  # fmt: skip
         failed = self._call(
-            experts, count, ctypes.addressof(self.shape), x.data_ptr(), len(x), out.data_ptr(),
+            experts, count, self._shape, x.data_ptr(), len(x), out.data_ptr(),
             tokens.data_ptr(), places.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -213,41 +225,51 @@ def _swiglu_parts(weights: Mapping[str, Pieces]) -> tuple[native.Coded, ...]:
     return *pieces, *_coded(weights, "down_proj")
 
 
+_span = struct.Struct("2q").pack  # the last two fields of ``struct expert``
+
+
+@cache
+def _one_token(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the k experts of a single token write, and what they read."""
+    return torch.arange(k), torch.zeros(k, dtype=torch.long)
+
+
 class Batch:
     """The tokens of one event, sorted by expert, and the outputs per (token, rank).
 
-    x [T, H], ids [T, k], weights [T, k]. Outputs are summed over ranks in rank order, whatever the
+    x [T, H], ids and weights [T, k]. Outputs are summed over ranks in rank order, whatever the
     order in which experts were computed.
     """
 
-    def __init__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def __init__(
+        self, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor
+    ) -> None:
         self.x, self.weights = x.contiguous(), weights
-        self.tokens, self.k = ids.shape
+        self.tokens, self.k = len(ids), len(ids[0])
         self.out = torch.empty(self.tokens * self.k, x.shape[1], dtype=x.dtype)
-        flat = ids.reshape(-1)
-        if self.tokens == 1 and len(set(chosen := flat.tolist())) == self.k:
-            self.order = torch.arange(self.k)
-            self._spans = {e: (rank, 1) for rank, e in enumerate(chosen)}
+        self._spans: dict[int, tuple[int, int]]
+        if self.tokens == 1 and len(set(ids[0])) == self.k:
+            self.order, self.token = _one_token(self.k)
+            self._spans = {e: (rank, 1) for rank, e in enumerate(ids[0])}
         else:
+            flat = torch.tensor(ids).reshape(-1)
             self.order = torch.argsort(flat, stable=True)
+            self.token = self.order // self.k
             found, counts = torch.unique_consecutive(flat[self.order], return_counts=True)
             starts = (counts.cumsum(0) - counts).tolist()
             spans = zip(starts, counts.tolist(), strict=True)
             self._spans = dict(zip(found.tolist(), spans, strict=True))
-        self._token: torch.Tensor | None = None
 
     def compute_many(self, experts: Sequence[tuple[int, Weights]], mlp: ExpertMlp) -> None:
         """Run several experts, each on its tokens, and keep the results."""
-        few: list[tuple[int, Weights]] = []
-        for expert, weights in experts:
-            if not mlp.is_native(self._spans[expert][1], weights, self.x.dtype):
-                self._compute(expert, mlp, weights, few=False)
-            elif mlp.swiglu:
-                few.append((expert, weights))
-            else:
-                self._compute(expert, mlp, weights, few=True)
-        if few:
+        most = mlp.most_native(experts[0][1], self.x.dtype) if experts else 0
+        few = [one for one in experts if self._spans[one[0]][1] <= most]
+        if few and mlp.swiglu:
             self._compute_fused(few, mlp)
+        for expert, weights in experts:
+            is_few = self._spans[expert][1] <= most
+            if not is_few or not mlp.swiglu:
+                self._compute(expert, mlp, weights, few=is_few)
 
     def compute(self, expert: int, mlp: ExpertMlp, weights: Weights) -> None:
         """Run one expert on its tokens and keep the result."""
@@ -257,18 +279,15 @@ class Batch:
         start, n = self._spans[expert]
         places = self.order[start : start + n]
         rows = self.x.new_zeros(n if few else bucket(n), self.x.shape[1])
-        torch.index_select(self.x, 0, places // self.k, out=rows[:n])
+        torch.index_select(self.x, 0, self.token[start : start + n], out=rows[:n])
         self.out[places] = mlp(rows, weights, few=few)[:n]
 
     def _compute_fused(self, experts: Sequence[tuple[int, Weights]], mlp: ExpertMlp) -> None:
         fused = mlp.fused(experts[0][1], self.x.dtype)
-        if self._token is None:
-            self._token = self.order // self.k
         records = b"".join(
-            fused.addresses(weights) + struct.pack("2q", *self._spans[expert])
-            for expert, weights in experts
+            fused.addresses(weights) + _span(*self._spans[expert]) for expert, weights in experts
         )
-        fused(records, len(experts), self.x, self.out, self._token, self.order)
+        fused(records, len(experts), self.x, self.out, self.token, self.order)
 
     def skip(self, expert: int) -> int:
         """Leave ``expert`` out: it contributes nothing. Returns to how many (token, rank) pairs."""
@@ -278,5 +297,4 @@ class Batch:
 
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""
-        out = self.out.view(self.tokens, self.k, -1) * self.weights.unsqueeze(-1)
-        return out.sum(dim=1).to(self.x.dtype)
+        return native.weighted_sum(self.out.view(self.tokens, self.k, -1), self.weights)

@@ -142,8 +142,7 @@ def _measure(
 
 def _time(mlp: ExpertMlp, crowd: list[Weights], rows: int, dtype: torch.dtype) -> float:
     x = torch.randn(rows, mlp.hidden(crowd[0])).to(dtype)
-    ids, ones = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, 1, dtype=dtype)
-    batch = Batch(x, ids, ones)
+    batch = Batch(x, [[0]] * rows, torch.ones(rows, 1, dtype=dtype))
     started = time.perf_counter()
     for weights in crowd:
         batch.compute(0, mlp, weights)

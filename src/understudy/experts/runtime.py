@@ -43,6 +43,8 @@ from understudy.policies.residency import State
 
 PATIENCE = 0.2  # seconds between looks at Ctrl-C while a read is slow
 
+_NOTHING = nullcontext()
+
 # Counters that the runtime fills; the rest is filled where plans are made.
 _OF_THE_HANDS = ("substituted", "skipped", "stall_seconds", "expert_seconds", "steps", "tokens")
 
@@ -100,9 +102,11 @@ class Runtime:
     ) -> torch.Tensor:
         """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]. ``layer`` counts MoE layers."""
         # Where every expert is here for good, an interrupt can lose nothing, and need not wait.
-        deferred: AbstractContextManager[Deferred | None]
-        deferred = nullcontext() if self._settled else Deferred()
-        with torch.no_grad(), deferred as interrupts, self._section:
+        deferred: AbstractContextManager[Deferred | None] = (
+            _NOTHING if self._settled else Deferred()
+        )
+        quiet = torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+        with quiet, deferred as interrupts, self._section:
             self.transfer.require_open()
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
@@ -154,8 +158,8 @@ class Runtime:
             if not self.director.ample or len(plan.hits) < len(plan.order):
                 errand = _Errand(self.director, self.transfer, plan)
         if errand is None:  # all are here, and nobody ever leaves
-            batch = self._batch(call, event, plan)
-            self._compute(batch, call, [(e, self._slot(e)) for e in plan.order])
+            batch, book = self._batch(call, event, plan), self.director.book
+            self._compute(batch, call, [(e, book[e].index) for e in plan.order])
             return batch.sum()
         assert interrupts is not None, "an expert left a model that holds all of them"
         try:
@@ -194,11 +198,6 @@ class Runtime:
         found = [(e.expert, self.store.weights(e, slot)) for e, slot in ready]
         batch.compute_many(found, self.mlps[call.layer])
 
-    def _slot(self, expert: ExpertId) -> int:
-        slot = self.director.book.slot(expert)
-        assert slot is not None
-        return slot.index
-
     def _look_ahead(self, call: _Call, event: LayerEvent, errand: _Errand) -> None:
         """Ask later routers, and offer what the minds make of it to the idle link."""
         depth = self.director.predictor.lookahead if self.director.switch.on else 0
@@ -209,13 +208,12 @@ class Runtime:
 
     def _batch(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Batch:
         """The tokens by expert; what a policy changed about them is counted here."""
-        ids, weights = call.ids, call.weights
+        weights = call.weights
         if plan.event is not event:
-            ids = torch.tensor(plan.event.ids, dtype=ids.dtype)
             weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
             for asked, runs in zip(event.ids, plan.event.ids, strict=True):
                 self._clock.substituted += sum(a != b for a, b in zip(asked, runs, strict=True))
-        batch = Batch(call.x, ids, weights)
+        batch = Batch(call.x, plan.event.ids, weights)
         for expert in plan.skipped:
             self._clock.skipped += batch.skip(expert.expert)
         return batch

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -175,10 +176,17 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.understudy_linears.argtypes = (
         pointer, pointer, number, ctypes.c_int32, pointer, pointer, number, ctypes.c_int,
     )  # fmt: skip
+    lib.understudy_sum.argtypes = (
+        pointer, pointer, number, number, number, ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int,
+    )  # fmt: skip
+    lib.understudy_unpack.argtypes = (pointer, number, pointer, ctypes.c_int)
+    lib.understudy_sum.restype = lib.understudy_unpack.restype = None
     lib.understudy_steps.argtypes = (pointer, number, pointer, ctypes.c_int)
     lib.understudy_attend.argtypes = (*[pointer] * 8, ctypes.c_int)
     return lib
 
+
+_room = threading.local()  # memory that is used again: events of two models may run at once
 
 Coded = tuple[torch.Tensor, torch.Tensor | None]  # codes [lines, K] and their scales, if any
 
@@ -213,7 +221,39 @@ def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[
     return records, (ctypes.c_int64 * len(matrices))(*[len(codes) for codes, _ in matrices])
 
 
-# The same as an operator, for compiled code: whole dense matrices of the dtype of their one input
+def unpacked(
+    codes: torch.Tensor, scales: torch.Tensor, kind: str, group: int, k: int
+) -> torch.Tensor:
+    """Quantised weights as bf16 [lines, k]: the numbers of the format's own `unpack`, bit by bit.
+    They hold until this thread unpacks the next matrix."""
+    lib = library()
+    assert lib is not None
+    lines = len(codes)
+    known: torch.Tensor | None = getattr(_room, "numbers", None)
+    if known is None or known.numel() < lines * k:  # new memory costs more than what is done in it
+        known = _room.numbers = torch.empty(lines * k, dtype=torch.bfloat16)
+    records, _ = _records(k, [(codes, scales)], kind, group)
+    address, threads = ctypes.addressof(records), torch.get_num_threads()
+    lib.understudy_unpack(address, lines, known.data_ptr(), threads)
+    return known[: lines * k].view(lines, k)
+
+
+def weighted_sum(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """y [T, k, H], weights [T, k] -> [T, H]: the sum over ranks in rank order, rounded once."""
+    lib = library()
+    kind, weight_kind = KINDS.get(name_of(y.dtype)), KINDS.get(name_of(weights.dtype))
+    if lib is None or kind is None or weight_kind is None:
+        return (y * weights.unsqueeze(-1)).sum(dim=1).to(y.dtype)
+    (tokens, ranks, width), weights = y.shape, weights.contiguous()
+    out = torch.empty(tokens, width, dtype=y.dtype)
+    lib.understudy_sum(
+        y.data_ptr(), weights.data_ptr(), tokens, ranks, width, kind, weight_kind, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+# `linears` as an operator, for compiled code: whole dense matrices of the dtype of their one input
 # row, their products one after the other. Such matrices stay where they are, so what C needs to
 # know of them is kept.
 _operators: Any = torch.library.Library("understudy", "FRAGMENT")  # type: ignore[no-untyped-call]

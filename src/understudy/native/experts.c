@@ -638,3 +638,116 @@ int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t c
   free(memory);
   return 0;
 }
+
+/* ------------------------------------------------------------------- the sum over ranks of a token */
+
+static inline v16 sixteen(const char *p, int64_t n, int dtype) { /* n <= 16 of them, then zeros */
+  const int64_t size = dtype == F32 ? 4 : 2;
+  char room[64] = {0};
+  if (n < 16) p = memcpy(room, p, n * size);
+  if (dtype == BF16) return sixteen_bf16(p);
+  v16 v;
+  if (dtype == F32) memcpy(&v, p, 64);
+  else for (int i = 0; i < 16; i++) v[i] = load_as_float(p, i, dtype);
+  return v;
+}
+
+/* out[t] = y[t, 0] * weight[t, 0] + y[t, 1] * weight[t, 1] + ..., in this order. Each product is
+ * rounded to the wider of the two dtypes, the sum once, at the end: as torch does it. */
+void understudy_sum(const char *y, const char *weights, int64_t tokens, int64_t ranks,
+                    int64_t width, int dtype, int weight_dtype, char *out, int threads) {
+  const int64_t size = dtype == F32 ? 4 : 2;
+  const int between = dtype == weight_dtype ? dtype : F32;
+#pragma omp parallel for num_threads(threads) if (tokens > 16)
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t i = 0; i < width; i += 16) {
+      const int64_t n = least(16, width - i);
+      v16 sum = splat(0);
+      for (int64_t r = t * ranks; r < (t + 1) * ranks; r++) {
+        v16 product = sixteen(y + (r * width + i) * size, n, dtype) *
+                      splat(load_as_float(weights, r, weight_dtype));
+        __asm__("" : "+m"(product)); /* else it may be fused with the addition, and not rounded */
+        if (between != F32) for (int j = 0; j < 16; j++) product[j] = rounded(product[j], between);
+        sum += product;
+      }
+      for (int64_t j = 0; j < n; j++) store(out, t * width + i + j, sum[j], dtype);
+    }
+}
+
+/* ------------------------------------------------------------------------- weights as bf16 numbers */
+
+static inline void sixteen_to_bf16(v16 v, uint16_t *to) {
+  for (int i = 0; i < 16; i++) to[i] = to_bf16(v[i]);
+}
+
+/* half of 2^(e-127): halved, all of them fit into fp32. The values they meet are doubled. */
+static inline float half_power(uint8_t e) {
+  uint32_t bits = e > 1 ? (uint32_t)(e - 1) << 23 : e ? 0x00400000 : 0x00200000;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+/* code -> number; MXFP4 doubled, and with a zero below zero */
+static const float INT4_NUMBERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+static const float MXFP4_NUMBERS[16] = {0.0f,  1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
+
+static inline v16 numbers_of(const uint8_t *codes, const float *numbers) {
+#ifdef __AVX512F__
+  return (v16)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes)),
+                                    _mm512_loadu_ps(numbers));
+#else
+  v16 v;
+  for (int i = 0; i < 16; i++) v[i] = numbers[codes[i]];
+  return v;
+#endif
+}
+
+/* the codes in sixteen bytes, in the order of their weights */
+static inline void spread(const uint8_t *w, uint8_t *codes, int kind) {
+#ifdef __SSE2__
+  const __m128i mask = _mm_set1_epi8(15), bytes = _mm_loadu_si128((const void *)w);
+  const __m128i low = _mm_and_si128(bytes, mask);
+  const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  const int apart = kind == INT4; /* MXFP4's neighbours share a byte */
+  _mm_storeu_si128((void *)codes, apart ? low : _mm_unpacklo_epi8(low, high));
+  _mm_storeu_si128((void *)(codes + 16), apart ? high : _mm_unpackhi_epi8(low, high));
+#else
+  for (int i = 0; i < 16; i++) {
+    codes[kind == INT4 ? i : 2 * i] = w[i] & 15;
+    codes[kind == INT4 ? 16 + i : 2 * i + 1] = w[i] >> 4;
+  }
+#endif
+}
+
+static INLINE void unpack_nibbles(const struct matrix *m, int64_t line, uint16_t *to, int kind) {
+  const uint8_t *w = (const uint8_t *)m->codes + line * m->stride;
+  const char *scales = m->scales + line * m->scale_stride;
+  const float *numbers = kind == INT4 ? INT4_NUMBERS : MXFP4_NUMBERS;
+  for (int64_t i = 0; i < m->k; i += 32) {
+    uint8_t codes[32];
+    spread(w + i / 2, codes, kind);
+    const v16 scale = splat(kind == INT4 ? from_f16(((const uint16_t *)scales)[i / m->group])
+                                         : half_power(((const uint8_t *)scales)[i / 32]));
+    sixteen_to_bf16(numbers_of(codes, numbers) * scale, to + i);
+    sixteen_to_bf16(numbers_of(codes + 16, numbers) * scale, to + i + 16);
+  }
+}
+
+static void unpack_bytes(const struct matrix *m, int64_t line, uint16_t *to) {
+  const char *w = m->codes + line * m->stride;
+  const float scale = ((const float *)m->scales)[line];
+  int64_t i = 0;
+  for (; i + 16 <= m->k; i += 16) sixteen_to_bf16(widen16(w + i, INT8) * splat(scale), to + i);
+  for (; i < m->k; i++) to[i] = to_bf16((float)(int8_t)w[i] * scale);
+}
+
+/* `lines` lines of quantised weights as bf16, each worked out in fp32 and rounded once; to [lines, K] */
+void understudy_unpack(const struct matrix *m, int64_t lines, uint16_t *to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t line = 0; line < lines; line++) {
+    if (m->kind == INT8) unpack_bytes(m, line, to + line * m->k);
+    else if (m->kind == INT4) unpack_nibbles(m, line, to + line * m->k, INT4);
+    else unpack_nibbles(m, line, to + line * m->k, MXFP4);
+  }
+}

@@ -68,7 +68,7 @@ class Director:
             late=tuple(late),
             loads=tuple(loads),
             order=tuple(order),
-            skipped=tuple(e for e in missing if e not in fetched),
+            skipped=tuple(e for e in missing if e not in fetched) if missing else (),
         )
 
     def foresee(self, event: LayerEvent) -> tuple[Guess, ...]:
@@ -93,8 +93,9 @@ class Director:
         hits: list[ExpertId] = []
         late: list[ExpertId] = []
         missing: list[ExpertId] = []
+        find = self.book.slot
         for expert in needed:
-            slot = self.book.slot(expert)
+            slot = find(expert)
             if slot is None:
                 missing.append(expert)
             else:

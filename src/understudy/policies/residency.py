@@ -58,6 +58,9 @@ class Residency:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._where
 
+    def __getitem__(self, expert: ExpertId) -> Slot:
+        return self._where[expert]
+
     @property
     def free(self) -> int:
         """How many slots hold nobody."""

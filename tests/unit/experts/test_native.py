@@ -183,7 +183,7 @@ def run(
     format: str = STORED,
 ) -> torch.Tensor:  # fmt: skip
     mlp = ExpertMlp(_Module(), format, native_rows=rows)
-    batch = Batch(x, torch.tensor(ids), torch.ones(len(ids), len(ids[0]), dtype=x.dtype))
+    batch = Batch(x, ids, torch.ones(len(ids), len(ids[0]), dtype=x.dtype))
     for group in groups:
         batch.compute_many([(e, some[e]) for e in group], mlp)
     return batch.out
@@ -267,6 +267,36 @@ def test_records_have_the_size_that_c_expects() -> None:
     source = Path(native.SOURCES[0]).read_text()
     assert "const char *codes[3]" in source and "int64_t first, tokens;" in source
     assert struct.calcsize("6Q2q") == 64
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("k", [32, 96, 1024])
+def test_unpacked_weights_are_those_of_the_format_bit_by_bit(kind: str, k: int) -> None:
+    torch.manual_seed(k)
+    codes, scales = formats.get(kind).pack(torch.randn(37, k)).values()
+    if kind == "mxfp4":
+        scales.random_(0, 255)  # subnormal and huge powers too
+    group = k // scales.shape[1] if scales.ndim > 1 else 0
+    found = native.unpacked(codes, scales, kind, group, k)
+    expected = formats.get(kind).unpack(codes, scales, torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("of_weights", DTYPES.values())
+def test_sums_over_ranks_are_those_of_torch_bit_by_bit(
+    dtype: torch.dtype, of_weights: torch.dtype
+) -> None:
+    torch.manual_seed(5)
+    for tokens, k, width in ((1, 1, 64), (1, 4, 1024), (3, 8, 256), (40, 6, 64)):
+        y, weights = torch.randn(tokens, k, width).to(dtype), torch.rand(tokens, k).to(of_weights)
+        expected = (y * weights.unsqueeze(-1)).sum(dim=1).to(dtype)
+        assert torch.equal(native.weighted_sum(y, weights), expected)
+
+
+def test_a_sum_of_an_odd_width_goes_by_rank() -> None:
+    y = torch.tensor([[[1e8] * 5, [1.0] * 5, [-1e8] * 5]])
+    assert native.weighted_sum(y, torch.ones(1, 3)).tolist() == [[0.0] * 5]
 
 
 # ---------------------------------------------------------------------------------- no compiler
