@@ -366,10 +366,10 @@ def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> fr
     """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
     if o.frame == "eager" or (o.frame == "auto" and a.checkpoint.nbytes < COMPILE_BYTES):
         return None
-    say("compiling the decoder layers (once per machine, then read from the cache)")
     products = _products(runtime.mlps)
     config, guests = guest.text_config(model.config), guest.guests(model)
-    built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), products)
+    routers = guest.routers(model, a.modules)
+    built = frame.compile_frame(model, config, guests, routers, products, say)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
     for reason in built.called:
