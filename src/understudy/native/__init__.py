@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 HEADER = Path(__file__).with_name("common.h")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c", "unpack.c"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "mxfp4": 5}
 
@@ -177,6 +177,8 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     )  # fmt: skip
     lib.understudy_steps.argtypes = (pointer, number, pointer, ctypes.c_int)
     lib.understudy_attend.argtypes = (*[pointer] * 8, ctypes.c_int)
+    lib.understudy_unpack.argtypes = (pointer, number, pointer, ctypes.c_int, ctypes.c_int)
+    lib.understudy_unpack.restype = None
     return lib
 
 
@@ -201,6 +203,22 @@ def linears(
     if failed:
         raise MemoryError("no memory for the inputs of a matrix")
     return outs
+
+
+def unpack(
+    codes: torch.Tensor, scales: torch.Tensor, k: int, kind: str, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Codes [lines, ...] and their scales as numbers [lines, k] in ``dtype`` (fp32, fp16 or bf16),
+    each rounded once. Each line of codes and of scales lies in one piece."""
+    lib = library()
+    assert lib is not None
+    records, _ = _records(k, [(codes, scales)], kind, group)
+    out = torch.empty(len(codes), k, dtype=dtype)
+    lib.understudy_unpack(
+        ctypes.addressof(records), len(codes), out.data_ptr(), KINDS[name_of(dtype)],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[Any, Any]:
