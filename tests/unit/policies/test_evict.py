@@ -257,6 +257,31 @@ def test_lrfu_spares_the_layer_that_comes_next() -> None:
     assert leaving(lrfu, 1) == [ExpertId(1, 0), ExpertId(0, 0)]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_lrfu_orders_all_layers_by_discounted_chance(seed: int) -> None:
+    """Whoever came, left or was used since it was last asked."""
+    dice = random.Random(seed)
+    layers = 3
+    lrfu = make("lrfu", slots=9, layers=layers)
+    residents: set[ExpertId] = set()
+    for e in at_random(seed, steps=40, layers=layers, experts=6, k=2):
+        needed = [ExpertId(e.layer, x) for x in e.needed()]
+        lrfu.touch(e, needed)
+        offered = leaving(lrfu, e.layer)
+        worth = [
+            lrfu.chance(v) * (1 - 0.5 * ((v.layer - e.layer - 1) % layers) / layers)
+            for v in offered
+        ]
+        assert set(offered) == residents
+        assert worth == pytest.approx(sorted(worth))
+        for expert in set(needed) - residents:
+            lrfu.admit(expert, speculative=False)
+        residents |= set(needed)
+        for victim in dice.sample(sorted(residents), max(0, len(residents) - 9)):
+            lrfu.remove(victim)
+            residents.remove(victim)
+
+
 def test_lrfu_keeps_its_marks_over_thousands_of_tokens() -> None:
     lrfu = make("lrfu", slots=4, layers=1)
     for token in range(3000):
