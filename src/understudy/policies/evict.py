@@ -139,32 +139,31 @@ _Ranked = tuple[float, int, ExpertId]  # mark, last use, whose
 
 
 class Lrfu(Evictor):
-    """The default: uses that fade, a fast and a slow half-life together, soonest layers dearest.
+    """The default: uses that fade at three speeds together, soonest layers dearest.
 
-    Every token of a layer fades the uses of that layer's experts, so an expert's mark is a share of
-    the last few tokens (`FAST`) and one of the last fifty (`SLOW`), mixed: an estimate of the
-    chance that the layer's next token uses it. An expert whose layer is a whole step away is worth
-    less than one whose layer comes next, by up to `FAR`. The figures were chosen on recorded
-    routing; `docs/policies.md` has the table.
+    Every token of a layer fades the uses of that layer's experts, so an expert's mark is a mixture
+    of shares: of the last few tokens, the last twenty and the last two hundred (`FADING`): an
+    estimate of the chance that the layer's next token uses it. No single speed describes how a use
+    loses its meaning: quickly at first, then ever more slowly. An expert whose layer is a whole
+    step away is worth less than one whose layer comes next, by up to `FAR`. The figures were chosen
+    on recorded routing; `docs/policies.md` has the table.
     After LRFU: Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU", 2001.
     """
 
-    FAST, SLOW = 0.5, 0.98  # what is left of a use after one more token
-    SHARE = 0.25  # of the fast one
+    FADING = ((0.5, 0.10), (0.95, 0.25), (0.995, 0.65))  # left of a use after a token, and share
     FAR = 0.5
 
     def __init__(self, *, slots: int, layers: int) -> None:
         super().__init__(slots=slots, layers=layers)
-        self._fast = [_Fading(self.FAST) for _ in range(layers)]
-        self._slow = [_Fading(self.SLOW) for _ in range(layers)]
+        self._marks = [[_Fading(left) for left, _ in self.FADING] for _ in range(layers)]
         self._last: dict[ExpertId, int] = {}
         self._residents: list[set[ExpertId]] = [set() for _ in range(layers)]
         self._ranked: list[list[_Ranked] | None] = [None] * layers
         self._now = 0
 
     def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
-        self._fast[event.layer].use(event.ids)
-        self._slow[event.layer].use(event.ids)
+        for fading in self._marks[event.layer]:
+            fading.use(event.ids)
         for expert in needed:
             self._now += 1
             self._last[expert] = self._now
@@ -184,8 +183,10 @@ class Lrfu(Evictor):
                     break
 
     def chance(self, expert: ExpertId) -> float:
-        fast = self._fast[expert.layer].share(expert.expert)
-        return self.SHARE * fast + (1 - self.SHARE) * self._slow[expert.layer].share(expert.expert)
+        return sum(
+            share * fading.share(expert.expert)
+            for (_, share), fading in zip(self.FADING, self._marks[expert.layer], strict=True)
+        )
 
     def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
         """Merges the layers' own orders: only the first few are ever taken, so the heap holds no
@@ -213,13 +214,18 @@ class Lrfu(Evictor):
         arrival. `chance`, written out: a call per resident was half of the time."""
         ranked = self._ranked[layer]
         if ranked is None:
-            fast, slow = self._fast[layer], self._slow[layer]
-            quick, steady, last = fast.uses, slow.uses, self._last
-            a, b = self.SHARE * fast.scale, (1 - self.SHARE) * slow.scale
-            ranked = self._ranked[layer] = sorted(
-                (a * quick.get(e.expert, 0.0) + b * steady.get(e.expert, 0.0), last.get(e, 0), e)
-                for e in self._residents[layer]
-            )
+            fast, middle, slow = (fading.uses for fading in self._marks[layer])
+            pairs = zip(self.FADING, self._marks[layer], strict=True)
+            a, b, c = (share * fading.scale for (_, share), fading in pairs)
+            last = self._last
+            ranked = []
+            for expert in self._residents[layer]:
+                e = expert.expert
+                # Not used yet (speculated): in none of the three.
+                mark = a * fast[e] + b * middle[e] + c * slow[e] if e in slow else 0.0
+                ranked.append((mark, last.get(expert, 0), expert))
+            ranked.sort()
+            self._ranked[layer] = ranked
         return ranked
 
 
