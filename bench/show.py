@@ -85,7 +85,7 @@ def decode_ratios(rows: Sequence[Row]) -> dict[str, float]:
         pairs = {
             "understudy": ("llama.cpp-bf16", "transformers", "accelerate", "understudy-noprefetch"),
             "understudy-int8": ("llama.cpp-q8_0",),
-            "understudy-int4": ("llama.cpp-q4_0",),
+            "understudy-int4": ("llama.cpp-q4_0", "understudy-int4-noprefetch"),
         }.get(row["contestant"], ())
         for other in pairs:
             if other in against:

@@ -44,7 +44,9 @@ from understudy.policies.residency import Residency
 from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
 
 DEFAULT_CONTEXT = 4096
-COMPILE_BYTES = 800 << 20  # compiling takes seconds and some hundred MiB: not for small models
+# The first compiling takes seconds and some hundred MiB that no budget knows of: not for small
+# models. Counted in parameters, so that packing a model does not change its frame.
+COMPILE_PARAMETERS = 500_000_000
 PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
 
 Dtype = str | torch.dtype
@@ -61,7 +63,7 @@ class Options:
     predictor: str = "next-gate"
     depth: int = 1
     io_threads: int = 4
-    frame: str = "auto"  # compiled or eager decoder layers; auto: compiled from 800 MiB on
+    frame: str = "auto"  # compiled or eager decoder layers; auto: see `COMPILE_PARAMETERS`
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
@@ -364,17 +366,22 @@ def load(
 
 def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> frame.Frame | None:
     """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
-    if o.frame == "eager" or (o.frame == "auto" and a.checkpoint.nbytes < COMPILE_BYTES):
+    small = _expert_parameters(a) < COMPILE_PARAMETERS
+    if o.frame == "eager" or (o.frame == "auto" and small):
         return None
-    say("compiling the decoder layers (once per machine, then read from the cache)")
     products = _products(runtime.mlps)
     config, guests = guest.text_config(model.config), guest.guests(model)
-    built = frame.compile_frame(model, config, guests, guest.routers(model, a.modules), products)
+    routers = guest.routers(model, a.modules)
+    built = frame.compile_frame(model, config, guests, routers, products, say)
     for reason in built.eager:
         say(f"note: eager, not compiled: {reason}")
     for reason in built.called:
         say(f"note: compiled, but its calls are not repeated by C: {reason}")
     return built
+
+
+def _expert_parameters(a: Anatomy) -> int:
+    return sum(prod(shape) for module in a.modules for shape in module.params.values())
 
 
 def _products(mlps: Sequence[ExpertMlp]) -> Any:

@@ -7,7 +7,7 @@ come from, budgets, policies. It is *given* the seam, and calls it.
     load_guest(...)          the real one: dense weights loaded, experts never materialised
     attach(guest, seam)      from now on its Experts modules ask the seam
 
-Traps, all tried: the patch mapping is global, so it is held under a lock and removed in `finally`;
+Traps, all tried: classes are exchanged for all of the process, under a lock and until `finally`;
 a hand-made build on meta loses non-persistent buffers (rotary), so loading is left to
 `from_pretrained`; a guest that is saved and reloaded would get random experts, so saving is
 refused.
@@ -16,17 +16,18 @@ refused.
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 import torch
 import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
-from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 from transformers.utils import logging as transformers_logging
 
 from understudy.checkpoint import ExpertsModule
@@ -154,19 +155,31 @@ def _without_experts(bones: nn.Module) -> Iterator[None]:
 
     ``bones``: a skeleton with its experts, to see which classes are concerned.
     """
-    classes = {type(m).__name__: type(m) for m in bones.modules() if _has_interface(m)}
-    mapping = {f"^{name}$": _guest_class(original) for name, original in classes.items()}
+    originals = {type(m) for m in bones.modules() if _has_interface(m)}
     ties = list(_ties_between_experts(bones))
     with _loading:
-        register_patch_mapping(mapping)
+        places = [place for original in originals for place in _names_of(original)]
+        guests = {original: _guest_class(original) for original in originals}
+        for module, name, original in places:
+            setattr(module, name, guests[original])
         for cls, _, without in ties:
             cls._tied_weights_keys = without
         try:
             yield
         finally:
-            unregister_patch_mapping(list(mapping))
-            for cls, original, _ in ties:
-                cls._tied_weights_keys = original
+            for module, name, original in places:
+                setattr(module, name, original)
+            for cls, known, _ in ties:
+                cls._tied_weights_keys = known
+
+
+def _names_of(cls: type[Any]) -> Iterator[tuple[ModuleType, str, type[Any]]]:
+    """Where a model's code finds ``cls``: its own module, and whoever imported it from there.
+    transformers' `register_patch_mapping` does this too, but asks its lazy modules for all they
+    could import: 0.2 s per load, twice."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and vars(module).get(cls.__name__) is cls:
+            yield module, cls.__name__, cls
 
 
 def _ties_between_experts(bones: nn.Module) -> Iterator[tuple[Any, Any, dict[str, str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,19 @@ import torch
 import torch.nn.functional as F
 
 import understudy
-from understudy import native
+from understudy import frame, native
 from understudy.core import UnderstudyError
-from understudy.frame import operators, program
+from understudy.frame import kept, operators, program
 
 FINE = Path(__file__).parents[2] / "models" / "fine"
 PROMPT = torch.arange(5, 45).unsqueeze(0)
+
+
+@pytest.fixture
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, in which no layer is kept. Returns the folder where they will be."""
+    monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path))
+    return tmp_path / "layers"
 
 
 def logits(memory: str, kind: str, **options: object) -> tuple[torch.Tensor, dict[str, object]]:
@@ -84,7 +92,9 @@ def test_a_cropped_cache_does_not_overwrite_what_others_still_see() -> None:
 
 
 @pytest.mark.slow
-def test_layers_whose_steps_are_repeated_in_c_answer_as_the_compiled_function_does() -> None:
+def test_layers_whose_steps_are_repeated_in_c_answer_as_the_compiled_function_does(
+    nothing_kept: Path,
+) -> None:
     with understudy.load(FINE, memory="100%", frame="compiled", dtype="bfloat16") as model:
         layers = [layer.forward for layer in model.model.layers]
         assert all(layer.code.program is not None for layer in layers), layers[0].code.why_not
@@ -93,6 +103,41 @@ def test_layers_whose_steps_are_repeated_in_c_answer_as_the_compiled_function_do
         for layer in layers:
             layer.code.program = None
         assert torch.equal(model.generate(PROMPT, **settings), by_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library() is None, reason=f"no kernel: {native.why_not()}")
+def test_a_second_start_compiles_nothing_and_answers_alike(
+    nothing_kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = logits("100%", "compiled")
+    said: list[str] = []
+    with monkeypatch.context() as no_compiler:
+        no_compiler.setattr(frame, "compile_graph", None)
+        second, facts = logits("100%", "compiled", on_status=said.append)
+    assert facts["frame"] == "10 layers compiled"
+    assert not any("compiling" in line for line in said)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.library() is None, reason=f"no kernel: {native.why_not()}")
+@pytest.mark.parametrize("damage", ["record", "loop", "other steps"])
+def test_what_was_kept_and_is_damaged_is_compiled_again(nothing_kept: Path, damage: str) -> None:
+    first, _ = logits("100%", "compiled")
+    record, loop = next(nothing_kept.glob("*.json")), next(nothing_kept.glob("*.so"))
+    before = record.read_bytes()
+    if damage == "loop":
+        loop.write_bytes(loop.read_bytes()[:-100])
+    elif damage == "record":
+        record.write_bytes(before[: len(before) // 2])
+    else:  # whole, but of a layer that computes something else: its last step is gone
+        notes = kept.find(record.stem)
+        assert notes is not None
+        kept.keep(record.stem, replace(notes, steps=notes.steps[:-1]))
+    second, facts = logits("100%", "compiled")
+    assert facts["frame"] == "10 layers compiled" and torch.equal(first, second)
+    assert record.read_bytes() == before
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class EngineOptions:
         str,
         option(
             "--frame",
-            help="Decoder layers: auto (compiled from 800 MiB on), compiled, eager.",
+            help="Decoder layers: compiled, eager, or auto (compiled from 0.5e9 parameters on).",
             metavar="NAME",
         ),
     ] = "auto"

@@ -2,6 +2,7 @@
 
     recorder    watches one eager step            operators    attention and experts
     tracing     the layer as compiled code        program      its calls, repeated by C
+    kept        those calls on disk, for the next start
 
 Knows: transformers' decoder layers, which of them look alike. Does not know: experts, budgets,
 policies. Decode steps of one sequence only; everything else runs eager.
@@ -14,8 +15,8 @@ for every layer that looks the same:
 
 The two brackets are opaque operators: they call the cache and the attention function of
 transformers, and the seam. So any cache, any mask and any attention works, and nothing in the
-compiled code depends on how long the text is. inductor keeps its code on disk
-(TORCHINDUCTOR_CACHE_DIR): a second start reads it.
+compiled code depends on how long the text is. What was compiled is kept on disk: a second start
+needs no compiler.
 
 Compiled code rounds less often than eager code, so the frame is part of what fixes the bits: it is
 decided at load, by the model and the machine alone, and is the same for every budget. Each layer is
@@ -34,8 +35,9 @@ import torch
 from torch import nn
 
 from understudy import native
+from understudy.frame import kept
 from understudy.frame.operators import OPAQUE, Call, Site, call_under_way
-from understudy.frame.program import NotNoted, Program, Tape
+from understudy.frame.program import Notes, NotNoted, Program, Tape
 from understudy.frame.recorder import NotCompiled, Recorder, recording
 from understudy.frame.tracing import Inputs, compile_graph, multiply_with, state_of, trace
 
@@ -44,15 +46,23 @@ PROMPT = 4  # tokens before the step that is recorded
 
 
 class Code:
-    """What layers that look alike share: inductor's function, and its steps if they were noted."""
+    """What layers that look alike share: inductor's function, and its steps if they were noted.
+    Steps that were kept on disk need no function."""
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
+    def __init__(self, function: Callable[..., Any] | None, inputs: Inputs) -> None:
         self.function, self.inputs = function, inputs
         self.program: Program | None = None
         self.why_not = "" if native.library() is not None else "no C compiler"  # no program
 
+    @classmethod
+    def of(cls, notes: Notes, inputs: Inputs, arguments: int) -> Code:
+        code = cls(None, inputs)
+        code.program = Program(notes, arguments, OPAQUE)
+        return code
+
     def note(self, call: Call, tensors: Sequence[torch.Tensor]) -> None:
         """Run once and keep the steps. ``tensors``: those of the call, then the parameters."""
+        assert self.function is not None
         try:
             with Tape(tensors) as tape:
                 (out,) = self.function(torch.tensor(call.index), *tensors)
@@ -88,6 +98,7 @@ class CompiledLayer:
         program = self.code.program
         if program is not None:
             return program.run(self._bases(program, tensors), call)
+        assert self.code.function is not None
         token = call_under_way.set(call)
         try:
             (out,) = self.code.function(self.number, *tensors, *self.state)
@@ -130,13 +141,18 @@ def compile_frame(
     guests: Sequence[Any],
     routers: Sequence[nn.Module | None],
     products: Any = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Frame:
     """Replace the forward of every decoder layer that allows it. ``config``: of the text model.
-    ``products``: an operator for products of one row, where there is a better one than torch's."""
+    ``products``: an operator for products of one row, where there is a better one than torch's.
+    ``say``: told before anything is compiled, which takes a while."""
     try:
         layers = _decoder_layers(model, guests)
-        with torch.no_grad():
-            frame = _compile_layers(model, config, layers, guests, routers, products)
+        recorder = Recorder(layers)
+        with torch.no_grad(), recording(recorder, config, guests):
+            before = _record(model, recorder, routers)
+            workshop = _Workshop(recorder, config, guests, products, before, say)
+            frame = _compile_layers(workshop, layers)
         _replace_head(model, products)
         return frame
     except NotCompiled as e:
@@ -174,29 +190,13 @@ def _decoder_layers(model: nn.Module, guests: Sequence[Any]) -> list[nn.Module]:
         raise NotCompiled("no list of decoder layers") from None
 
 
-def _compile_layers(
-    model: Any,
-    config: Any,
-    layers: Sequence[nn.Module],
-    guests: Sequence[Any],
-    routers: Sequence[nn.Module | None],
-    products: Any,
-) -> Frame:
-    recorder = Recorder(layers)
-    with recording(recorder, config, guests):
-        before = _record(model, recorder, routers)
-        codes: dict[Any, Code] = {}
-        good, reasons = [], []
-        for index, (layer, site) in enumerate(zip(layers, recorder.sites, strict=True)):
-            try:
-                code = _code(layer, site, recorder, codes, guests, products)
-                compiled = CompiledLayer(layer, index, site, code)
-                if code.program is None and not code.why_not:
-                    compiled.note(site.args, site.kwargs, copy.deepcopy(before))
-                _verify(compiled, before)
-                good.append((layer, compiled))
-            except NotCompiled as e:
-                reasons.append(f"layer {index}: {e}")
+def _compile_layers(workshop: _Workshop, layers: Sequence[nn.Module]) -> Frame:
+    good, reasons = [], []
+    for index, (layer, site) in enumerate(zip(layers, workshop.recorder.sites, strict=True)):
+        try:
+            good.append((layer, workshop.compiled(index, layer, site)))
+        except NotCompiled as e:
+            reasons.append(f"layer {index}: {e}")
     for layer, compiled in good:
         compiled.site.args, compiled.site.kwargs, compiled.site.out = (), {}, None
         layer.forward = compiled
@@ -217,49 +217,97 @@ def _record(model: Any, recorder: Recorder, routers: Sequence[nn.Module | None])
         raise NotCompiled(f"one token cannot be run by itself: {_line(e)}") from e
 
 
-def _code(
-    layer: nn.Module,
-    site: Site,
-    recorder: Recorder,
-    codes: dict[Any, Code],
-    guests: Sequence[Any],
-    products: Any,
-) -> Code:
-    """Compiled code for ``layer``: that of an earlier one which looks the same, or new."""
-    if site.attention is None or not site.args or not isinstance(site.out, torch.Tensor):
-        raise NotCompiled("it does not call transformers' attention, or answers with a tuple")
-    site.experts = next((m for m in layer.modules() if m in guests), None)
-    if site.experts is not None and site.router_shape is None:
-        raise NotCompiled("its router reads something else than its experts")
-    inputs = Inputs.of(site)
-    shapes = [(n, t.shape, t.dtype) for n, t in state_of(layer).items()]
-    key = (type(layer), inputs, tuple(shapes))
-    if key not in codes:
+class _Workshop:
+    """Where the layers of one model get their code: that of a layer that looks the same, what an
+    earlier start kept, or new. ``before``: the cache as it was before the recorded step."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        config: Any,
+        guests: Sequence[Any],
+        products: Any,
+        before: Any,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recorder, self.config, self.guests = recorder, config, guests
+        self.products, self.before, self.say = products, before, say
+        self.codes: dict[Any, Code] = {}
+
+    def compiled(self, index: int, layer: nn.Module, site: Site) -> CompiledLayer:
+        """``layer`` ready to run compiled, checked; raises `NotCompiled`."""
+        self._fits(layer, site)
+        inputs = Inputs.of(site)
+        shapes = tuple((n, t.shape, t.dtype) for n, t in state_of(layer).items())
+        key = (type(layer), inputs, shapes)
+        if key in self.codes:
+            return self._checked(CompiledLayer(layer, index, site, self.codes[key]))
+        given = [(t.shape, t.dtype, t.stride()) for t in inputs.gather(site.args, site.kwargs)]
+        facts = (inputs, shapes, given, self.products is not None)
+        name = kept.name_of(layer, self.config, facts)
+        found = self._as_kept(name, index, layer, site, inputs) or self._new(
+            name, index, layer, site, inputs
+        )
+        self.codes[key] = found.code
+        return found
+
+    def _fits(self, layer: nn.Module, site: Site) -> None:
+        if site.attention is None or not site.args or not isinstance(site.out, torch.Tensor):
+            raise NotCompiled("it does not call transformers' attention, or answers with a tuple")
+        site.experts = next((m for m in layer.modules() if m in self.guests), None)
+        if site.experts is not None and site.router_shape is None:
+            raise NotCompiled("its router reads something else than its experts")
+
+    def _as_kept(
+        self, name: str, index: int, layer: nn.Module, site: Site, inputs: Inputs
+    ) -> CompiledLayer | None:
+        """As an earlier start kept it; ``None``: none did, or what it kept is no good."""
+        notes = kept.find(name) if native.library() is not None else None
+        if notes is None:
+            return None
+        try:
+            code = Code.of(notes, inputs, len(inputs.tensors) + len(state_of(layer)))
+            return self._checked(CompiledLayer(layer, index, site, code))
+        except (NotCompiled, NotNoted, OSError, AttributeError, KeyError):
+            kept.forget(name)
+            return None
+
+    def _new(
+        self, name: str, index: int, layer: nn.Module, site: Site, inputs: Inputs
+    ) -> CompiledLayer:
+        """Traced, compiled, noted, checked and kept."""
+        if not self.codes:
+            self.say("compiling the decoder layers (once per machine, then read from the cache)")
         example = (*inputs.gather(site.args, site.kwargs), *state_of(layer).values())
         try:
-            graph = trace(layer, site, inputs, recorder)
-            if products is not None:
-                multiply_with(products, graph)
-            function = compile_graph(graph, (torch.tensor(0), *example))
-            codes[key] = Code(function, inputs)
+            graph = trace(layer, site, inputs, self.recorder)
+            if self.products is not None:
+                multiply_with(self.products, graph)
+            code = Code(compile_graph(graph, (torch.tensor(0), *example)), inputs)
         except NotCompiled:
             raise
         except Exception as e:  # whatever a tracer and two compilers may raise
             raise NotCompiled(f"it cannot be compiled: {_line(e)}") from e
-    return codes[key]
+        made = CompiledLayer(layer, index, site, code)
+        if not code.why_not:
+            made.note(site.args, site.kwargs, copy.deepcopy(self.before))
+        self._checked(made)
+        if code.program is not None:
+            kept.keep(name, code.program.notes)
+        return made
 
-
-def _verify(compiled: CompiledLayer, before: Any) -> None:
-    """The recorded step again, compiled: same numbers but for rounding?"""
-    site = compiled.site
-    try:
-        out = compiled.run(site.args, site.kwargs, copy.deepcopy(before))
-    except Exception as e:
-        raise NotCompiled(f"its compiled code fails: {_line(e)}") from e
-    assert site.out is not None and out.shape == site.out.shape
-    error = (out.float() - site.out.float()).abs().max()
-    if not error <= TOLERANCE * site.out.float().abs().max():
-        raise NotCompiled("its compiled code answers differently")
+    def _checked(self, compiled: CompiledLayer) -> CompiledLayer:
+        """The recorded step again, compiled: same numbers but for rounding?"""
+        site = compiled.site
+        try:
+            out = compiled.run(site.args, site.kwargs, copy.deepcopy(self.before))
+        except Exception as e:
+            raise NotCompiled(f"its compiled code fails: {_line(e)}") from e
+        assert site.out is not None and out.shape == site.out.shape
+        error = (out.float() - site.out.float()).abs().max()
+        if not error <= TOLERANCE * site.out.float().abs().max():
+            raise NotCompiled("its compiled code answers differently")
+        return compiled
 
 
 def _line(error: BaseException) -> str:

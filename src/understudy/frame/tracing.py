@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from understudy.frame.operators import Site
 from understudy.frame.program import noting_loops
@@ -77,6 +75,8 @@ def state_of(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 def trace(layer: nn.Module, site: Site, inputs: Inputs, recorder: Recorder) -> Any:
     """The layer as a graph of (number, tensors..., parameters...)."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # slow; a kept layer needs none of this
+
     names = list(state_of(layer))
     count = len(inputs.tensors)
 
@@ -100,6 +100,8 @@ def trace(layer: nn.Module, site: Site, inputs: Inputs, recorder: Recorder) -> A
 def multiply_with(products: Any, graph: Any) -> None:
     """Let ``products`` (x [1, K], weights) -> [1, all lines] multiply one row by whole parameters,
     those that read the same row in one call."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
     aten = torch.ops.aten
     graph.graph = fx_graph_cse(graph.graph)  # every product looks at the input through its own view
     found: dict[Any, list[Any]] = {}

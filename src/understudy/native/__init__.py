@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 HEADER = Path(__file__).with_name("common.h")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("experts.c", "layer.c", "unpack.c"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4, "mxfp4": 5}
 
@@ -179,14 +178,13 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.understudy_sum.argtypes = (
         pointer, pointer, number, number, number, ctypes.c_int, ctypes.c_int, pointer, ctypes.c_int,
     )  # fmt: skip
-    lib.understudy_unpack.argtypes = (pointer, number, pointer, ctypes.c_int)
-    lib.understudy_sum.restype = lib.understudy_unpack.restype = None
+    lib.understudy_sum.restype = None
     lib.understudy_steps.argtypes = (pointer, number, pointer, ctypes.c_int)
     lib.understudy_attend.argtypes = (*[pointer] * 8, ctypes.c_int)
+    lib.understudy_unpack.argtypes = (pointer, number, pointer, ctypes.c_int, ctypes.c_int)
+    lib.understudy_unpack.restype = None
     return lib
 
-
-_room = threading.local()  # memory that is used again: events of two models may run at once
 
 Coded = tuple[torch.Tensor, torch.Tensor | None]  # codes [lines, K] and their scales, if any
 
@@ -211,6 +209,22 @@ def linears(
     return outs
 
 
+def unpack(
+    codes: torch.Tensor, scales: torch.Tensor, k: int, kind: str, group: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Codes [lines, ...] and their scales as numbers [lines, k] in ``dtype`` (fp32, fp16 or bf16),
+    each rounded once. Each line of codes and of scales lies in one piece."""
+    lib = library()
+    assert lib is not None
+    records, _ = _records(k, [(codes, scales)], kind, group)
+    out = torch.empty(len(codes), k, dtype=dtype)
+    lib.understudy_unpack(
+        ctypes.addressof(records), len(codes), out.data_ptr(), KINDS[name_of(dtype)],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[Any, Any]:
     records = (Matrix * len(matrices))()
     for record, (codes, scales) in zip(records, matrices, strict=True):
@@ -219,23 +233,6 @@ def _records(k: int, matrices: Sequence[Coded], kind: str, group: int) -> tuple[
             record.scales, record.scale_stride = scales.data_ptr(), row_bytes(scales)
         record.kind, record.group = KINDS[kind], group
     return records, (ctypes.c_int64 * len(matrices))(*[len(codes) for codes, _ in matrices])
-
-
-def unpacked(
-    codes: torch.Tensor, scales: torch.Tensor, kind: str, group: int, k: int
-) -> torch.Tensor:
-    """Quantised weights as bf16 [lines, k]: the numbers of the format's own `unpack`, bit by bit.
-    They hold until this thread unpacks the next matrix."""
-    lib = library()
-    assert lib is not None
-    lines = len(codes)
-    known: torch.Tensor | None = getattr(_room, "numbers", None)
-    if known is None or known.numel() < lines * k:  # new memory costs more than what is done in it
-        known = _room.numbers = torch.empty(lines * k, dtype=torch.bfloat16)
-    records, _ = _records(k, [(codes, scales)], kind, group)
-    address, threads = ctypes.addressof(records), torch.get_num_threads()
-    lib.understudy_unpack(address, lines, known.data_ptr(), threads)
-    return known[: lines * k].view(lines, k)
 
 
 def weighted_sum(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

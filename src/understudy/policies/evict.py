@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from understudy.core import ExpertId, LayerEvent
@@ -135,33 +135,35 @@ class Lfru(_Frequency):
         return self.uses.get(expert, 0) / (self.now - last + 1), last
 
 
-class Lrfu(Evictor):
-    """The default: uses that fade, a fast and a slow half-life together, soonest layers dearest.
+_Ranked = tuple[float, int, ExpertId]  # mark, last use, whose
 
-    Every token of a layer fades the uses of that layer's experts, so an expert's mark is a share of
-    the last few tokens (`FAST`) and one of the last fifty (`SLOW`), mixed: an estimate of the
-    chance that the layer's next token uses it. An expert whose layer is a whole step away is worth
-    less than one whose layer comes next, by up to `FAR`. The figures were chosen on recorded
-    routing; `docs/policies.md` has the table.
+
+class Lrfu(Evictor):
+    """The default: uses that fade at three speeds together, soonest layers dearest.
+
+    Every token of a layer fades the uses of that layer's experts, so an expert's mark is a mixture
+    of shares: of the last few tokens, the last twenty and the last two hundred (`FADING`): an
+    estimate of the chance that the layer's next token uses it. No single speed describes how a use
+    loses its meaning: quickly at first, then ever more slowly. An expert whose layer is a whole
+    step away is worth less than one whose layer comes next, by up to `FAR`. The figures were chosen
+    on recorded routing; `docs/policies.md` has the table.
     After LRFU: Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU", 2001.
     """
 
-    FAST, SLOW = 0.5, 0.98  # what is left of a use after one more token
-    SHARE = 0.25  # of the fast one
+    FADING = ((0.5, 0.10), (0.95, 0.25), (0.995, 0.65))  # left of a use after a token, and share
     FAR = 0.5
 
     def __init__(self, *, slots: int, layers: int) -> None:
         super().__init__(slots=slots, layers=layers)
-        self._fast = [_Fading(self.FAST) for _ in range(layers)]
-        self._slow = [_Fading(self.SLOW) for _ in range(layers)]
+        self._marks = [[_Fading(left) for left, _ in self.FADING] for _ in range(layers)]
         self._last: dict[ExpertId, int] = {}
         self._residents: list[set[ExpertId]] = [set() for _ in range(layers)]
-        self._ranked: list[list[tuple[float, int, ExpertId]] | None] = [None] * layers
+        self._ranked: list[list[_Ranked] | None] = [None] * layers
         self._now = 0
 
     def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
-        self._fast[event.layer].use(event.ids)
-        self._slow[event.layer].use(event.ids)
+        for fading in self._marks[event.layer]:
+            fading.use(event.ids)
         for expert in needed:
             self._now += 1
             self._last[expert] = self._now
@@ -173,36 +175,58 @@ class Lrfu(Evictor):
 
     def remove(self, expert: ExpertId) -> None:
         self._residents[expert.layer].discard(expert)
-        self._ranked[expert.layer] = None
+        ranked = self._ranked[expert.layer]
+        if ranked is not None:  # who leaves changes nobody's place, and stands near the head
+            for place, found in enumerate(ranked):
+                if found[2] == expert:
+                    del ranked[place]
+                    break
 
     def chance(self, expert: ExpertId) -> float:
-        fast = self._fast[expert.layer].share(expert.expert)
-        return self.SHARE * fast + (1 - self.SHARE) * self._slow[expert.layer].share(expert.expert)
+        return sum(
+            share * fading.share(expert.expert)
+            for (_, share), fading in zip(self.FADING, self._marks[expert.layer], strict=True)
+        )
 
-    def victims(self, layer: int, need: int) -> Iterable[ExpertId]:
-        """Merges the layers' own orders: only the first few are ever taken."""
-        return (found[2] for found in heapq.merge(*(self._seen_from(layer))))
-
-    def _seen_from(self, layer: int) -> Iterator[Iterator[tuple[float, int, ExpertId]]]:
+    def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
+        """Merges the layers' own orders: only the first few are ever taken, so the heap holds no
+        more than one resident of each layer."""
+        heap: list[tuple[float, int, int, int, float, list[_Ranked]]] = []
         for ahead in range(self.layers):
             ranked = self._order((layer + 1 + ahead) % self.layers)
-            yield map(_times(1 - self.FAR * ahead / self.layers), ranked)
+            if ranked:
+                worth = 1 - self.FAR * ahead / self.layers
+                mark, last, _ = ranked[0]
+                heap.append((mark * worth, last, ahead, 0, worth, ranked))
+        heapq.heapify(heap)
+        while heap:
+            _, _, ahead, place, worth, ranked = heap[0]
+            yield ranked[place][2]
+            place += 1
+            if place < len(ranked):
+                mark, last, _ = ranked[place]
+                heapq.heapreplace(heap, (mark * worth, last, ahead, place, worth, ranked))
+            else:
+                heapq.heappop(heap)
 
-    def _order(self, layer: int) -> list[tuple[float, int, ExpertId]]:
-        """This layer's residents, the least worth first; sorted again only after a change."""
+    def _order(self, layer: int) -> list[_Ranked]:
+        """This layer's residents, the least worth first; sorted again only after a use or an
+        arrival. `chance`, written out: a call per resident was half of the time."""
         ranked = self._ranked[layer]
         if ranked is None:
-            ranked = sorted(
-                (self.chance(e), self._last.get(e, 0), e) for e in self._residents[layer]
-            )
+            fast, middle, slow = (fading.uses for fading in self._marks[layer])
+            pairs = zip(self.FADING, self._marks[layer], strict=True)
+            a, b, c = (share * fading.scale for (_, share), fading in pairs)
+            last = self._last
+            ranked = []
+            for expert in self._residents[layer]:
+                e = expert.expert
+                # Not used yet (speculated): in none of the three.
+                mark = a * fast[e] + b * middle[e] + c * slow[e] if e in slow else 0.0
+                ranked.append((mark, last.get(expert, 0), expert))
+            ranked.sort()
             self._ranked[layer] = ranked
         return ranked
-
-
-def _times(
-    worth: float,
-) -> Callable[[tuple[float, int, ExpertId]], tuple[float, int, ExpertId]]:
-    return lambda found: (found[0] * worth, found[1], found[2])
 
 
 class _Fading:
@@ -215,10 +239,10 @@ class _Fading:
     def __init__(self, left: float) -> None:
         self._left = left
         self._weight = 1.0  # of a use by the next token
-        self._uses: dict[int, float] = {}
+        self.uses: dict[int, float] = {}  # expert -> its mark, in units of 1 / scale
 
     def use(self, rows: Sequence[Sequence[int]]) -> None:
-        uses, weight = self._uses, self._weight
+        uses, weight = self.uses, self._weight
         for row in rows:
             for expert in row:
                 uses[expert] = uses.get(expert, 0.0) + weight
@@ -226,11 +250,16 @@ class _Fading:
             if weight > 1e100:
                 uses = {expert: mark / weight for expert, mark in uses.items()}
                 weight = 1.0
-        self._uses, self._weight = uses, weight
+        self.uses, self._weight = uses, weight
 
     def share(self, expert: int) -> float:
         """0..1: which part of the recent tokens used ``expert``, the last ones counting most."""
-        return self._uses.get(expert, 0.0) / self._weight * (1 - self._left) / self._left
+        return self.uses.get(expert, 0.0) * self.scale
+
+    @property
+    def scale(self) -> float:
+        """What makes a mark a share of the tokens."""
+        return (1 - self._left) / (self._left * self._weight)
 
 
 class Belady(Evictor):

@@ -269,19 +269,6 @@ def test_records_have_the_size_that_c_expects() -> None:
     assert struct.calcsize("6Q2q") == 64
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
-@pytest.mark.parametrize("k", [32, 96, 1024])
-def test_unpacked_weights_are_those_of_the_format_bit_by_bit(kind: str, k: int) -> None:
-    torch.manual_seed(k)
-    codes, scales = formats.get(kind).pack(torch.randn(37, k)).values()
-    if kind == "mxfp4":
-        scales.random_(0, 255)  # subnormal and huge powers too
-    group = k // scales.shape[1] if scales.ndim > 1 else 0
-    found = native.unpacked(codes, scales, kind, group, k)
-    expected = formats.get(kind).unpack(codes, scales, torch.bfloat16)
-    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values())
 @pytest.mark.parametrize("of_weights", DTYPES.values())
 def test_sums_over_ranks_are_those_of_torch_bit_by_bit(

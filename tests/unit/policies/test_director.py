@@ -275,10 +275,10 @@ def test_speculation_evicts_the_oldest_but_nobody_predicted() -> None:
 
 
 def test_a_guess_replaces_nobody_likelier() -> None:
-    d = direct(1, {0: [guess(1, 0, 0.1), guess(1, 1, 0.2)]}, evictor="lrfu")
-    carry_out(d, event(0, 0))  # used just now: 0.25 x 0.5 + 0.75 x 0.02 = 0.14
-    assert d.place(guess(1, 0, 0.1)) is None
-    assert d.place(guess(1, 1, 0.2)) is not None
+    d = direct(1, {0: [guess(1, 0, 0.06), guess(1, 1, 0.07)]}, evictor="lrfu")
+    carry_out(d, event(0, 0))  # used just now: 0.1 x 0.5 + 0.25 x 0.05 + 0.65 x 0.005 = 0.066
+    assert d.place(guess(1, 0, 0.06)) is None
+    assert d.place(guess(1, 1, 0.07)) is not None
 
 
 def test_a_speculation_given_up_counts_what_was_read() -> None:

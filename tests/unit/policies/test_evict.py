@@ -236,17 +236,28 @@ def test_belady_is_the_best_there_is(seed: int, k: int) -> None:
 # ------------------------------------------------------------------------- uses that fade (lrfu)
 
 
-def test_lrfu_mixes_a_fast_and_a_slow_half_life() -> None:
+def test_lrfu_mixes_three_half_lives() -> None:
     lrfu = make("lrfu", slots=4, layers=1)
     for expert in (1, 0, 0, 2):
         use(lrfu, 0, expert)
-    # Fast: halves per token. Slow: 2 % per token. One quarter of the fast one.
-    slow = [0.02 * (0.98**2 + 0.98), 0.02 * 0.98**3, 0.02]
-    fast = [0.5**3 + 0.5**2, 0.5**4, 0.5]
-    for expert in range(3):
-        expected = 0.25 * fast[expert] + 0.75 * slow[expert]
+    ages = {0: (1, 2), 1: (3,), 2: (0,)}  # tokens since each use
+    for expert, since in ages.items():
+        expected = sum(
+            share * (1 - left) * left**age
+            for left, share in ((0.5, 0.10), (0.95, 0.25), (0.995, 0.65))
+            for age in since
+        )
         assert lrfu.chance(ExpertId(0, expert)) == pytest.approx(expected)
-    assert experts(leaving(lrfu, 0)) == [1, 0, 2]
+    assert experts(leaving(lrfu, 0)) == [1, 2, 0]
+
+
+def test_lrfu_tells_favourites_from_bursts() -> None:
+    """Fading fast alone, the old favourite would leave first; slowly alone, it would stay last."""
+    lrfu = make("lrfu", slots=4, layers=1)
+    for expert, tokens in ((0, 100), (2, 3), (1, 30)):
+        for _ in range(tokens):
+            use(lrfu, 0, expert)
+    assert experts(leaving(lrfu, 0)) == [2, 0, 1]
 
 
 def test_lrfu_spares_the_layer_that_comes_next() -> None:
@@ -255,6 +266,31 @@ def test_lrfu_spares_the_layer_that_comes_next() -> None:
     use(lrfu, 1, 0)
     assert leaving(lrfu, 0) == [ExpertId(0, 0), ExpertId(1, 0)]
     assert leaving(lrfu, 1) == [ExpertId(1, 0), ExpertId(0, 0)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lrfu_orders_all_layers_by_discounted_chance(seed: int) -> None:
+    """Whoever came, left or was used since it was last asked."""
+    dice = random.Random(seed)
+    layers = 3
+    lrfu = make("lrfu", slots=9, layers=layers)
+    residents: set[ExpertId] = set()
+    for e in at_random(seed, steps=40, layers=layers, experts=6, k=2):
+        needed = [ExpertId(e.layer, x) for x in e.needed()]
+        lrfu.touch(e, needed)
+        offered = leaving(lrfu, e.layer)
+        worth = [
+            lrfu.chance(v) * (1 - 0.5 * ((v.layer - e.layer - 1) % layers) / layers)
+            for v in offered
+        ]
+        assert set(offered) == residents
+        assert worth == pytest.approx(sorted(worth))
+        for expert in set(needed) - residents:
+            lrfu.admit(expert, speculative=False)
+        residents |= set(needed)
+        for victim in dice.sample(sorted(residents), max(0, len(residents) - 9)):
+            lrfu.remove(victim)
+            residents.remove(victim)
 
 
 def test_lrfu_keeps_its_marks_over_thousands_of_tokens() -> None:
