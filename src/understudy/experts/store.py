@@ -86,12 +86,24 @@ class Arena:
         # Through numpy: it exports the buffer, so that the mapping cannot be closed under a tensor
         # (torch.frombuffer does not, and such a tensor would crash the process).
         self.tensor = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+        self._typed: dict[tuple[str, int], torch.Tensor] = {}
+
+    def typed(self, name: str, start: int) -> torch.Tensor:
+        """All of it as elements of that dtype, so that one of them begins at byte ``start``."""
+        dtype = getattr(torch, name)
+        key = name, start % dtype.itemsize
+        if key not in self._typed:
+            whole = self.tensor[key[1] :]
+            whole = whole[: whole.numel() // dtype.itemsize * dtype.itemsize]
+            self._typed[key] = whole.view(dtype)
+        return self._typed[key]
 
     def view(self, slot: int) -> memoryview:
         return self._view[slot * self.nbytes : (slot + 1) * self.nbytes]
 
     def close(self) -> None:
         """Give the memory back, as far as nobody still holds a tensor over it."""
+        self._typed.clear()
         self.tensor = torch.empty(0, dtype=torch.uint8)
         self._view.release()
         try:
@@ -240,10 +252,8 @@ class Store:
             for p in pieces:
                 w, read = placed[p.read], layout.reads[p.read]
                 start = base + w.at + (read.offset - w.offset) + p.start
-                dtype = getattr(torch, p.dtype)
-                typed = self.arena.tensor[start % dtype.itemsize :]
-                typed = typed[: typed.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-                parts.append(typed.as_strided(p.shape, p.strides, start // dtype.itemsize))
+                typed = self.arena.typed(p.dtype, start)
+                parts.append(typed.as_strided(p.shape, p.strides, start // typed.itemsize))
             views[name] = tuple(parts)
         return views
 
