@@ -128,19 +128,22 @@ def test_an_exception_in_the_middle_holds_no_pins_and_no_forward(
 ) -> None:
     prompt = tokens(9)
     mlps = model.understudy.runtime.mlps
-    mlp = mlps[layer]
+    mlp, computed = mlps[layer], []
 
     class BreaksDown:
-        """The real one, until it is asked who computes."""
+        """The real one, one expert per call, until the second."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(mlp, name)
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return mlp(*args, **kwargs)
-
         def most_native(self, *args: Any) -> int:
-            raise failure("in the middle of an event")
+            return 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if computed:
+                raise failure("in the middle of an event")
+            computed.append(args)
+            return mlp(*args, **kwargs)
 
     with torch.inference_mode():
         expected = model(**prompt).logits
