@@ -187,7 +187,7 @@ def test_a_read_error_names_the_file_and_passes(
     assert torch.equal(generate(model, prompt), expected)  # the cable is back
 
 
-@pytest.mark.parametrize("nth", [1, 2, 9, 40])
+@pytest.mark.parametrize("nth", [1, 2, 9, 25])
 def test_any_single_failure_is_reported_or_harmless_and_then_over(
     model: Any, prompt: dict[str, torch.Tensor], expected: torch.Tensor, nth: int
 ) -> None:
