@@ -14,7 +14,7 @@ from understudy.plan import shown_size
 Row = dict[str, Any]
 
 WHO: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("cell", lambda r: _cell(r)),
+    ("cell", lambda r: cell_name(r)),
     ("contestant", lambda r: r["contestant"]),
     ("format", lambda r: r["format"]),
 )
@@ -46,6 +46,16 @@ PREFILL_COLUMNS = (
     ("x understudy", lambda r: _times(r["against"].get("understudy"))),
 )
 
+START_COLUMNS = (
+    *WHO,
+    ("load s", lambda r: f"{r['load_s']:.2f}"),
+    ("first token s", lambda r: f"{r['first_s']:.2f}"),
+    ("start s", lambda r: f"{r['start_s']:.2f}"),
+    ("min-max", lambda r: f"{r['start_min_s']:.2f}-{r['start_max_s']:.2f}"),
+    ("floor s", lambda r: "-" if r["floor_s"] is None else f"{r['floor_s']:.2f}"),
+    ("over floor s", lambda r: "-" if r["floor_s"] is None else f"{r['over_s']:.2f}"),
+)
+
 
 def table(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]]]) -> str:
     """Aligned columns; a skipped row is its reason."""
@@ -55,7 +65,7 @@ def table(rows: Sequence[Row], columns: Sequence[tuple[str, Callable[[Row], str]
     for row in rows:
         if row.get("skipped"):
             what = f"stopped after {row['rounds']} rounds" if row.get("rounds") else "skipped"
-            notes.append(f"{_cell(row)} {row['contestant']}: {what}, {row['skipped']}")
+            notes.append(f"{cell_name(row)} {row['contestant']}: {what}, {row['skipped']}")
         if row.get("rounds"):
             lines.append([show(row) for _, show in columns])
     widths = [max(len(line[i]) for line in [names, *lines]) for i in range(len(names))]
@@ -81,7 +91,7 @@ def decode_ratios(rows: Sequence[Row]) -> dict[str, float]:
     for row in rows:
         if not row.get("rounds") or not row["contestant"].startswith("understudy"):
             continue
-        against, cell = row["against"], _cell(row)
+        against, cell = row["against"], cell_name(row)
         pairs = {
             "understudy": ("llama.cpp-bf16", "transformers", "accelerate", "understudy-noprefetch"),
             "understudy-int8": ("llama.cpp-q8_0",),
@@ -102,9 +112,9 @@ def prefill_ratios(rows: Sequence[Row]) -> dict[str, float]:
     for row in rows:
         if row.get("rounds") and row["contestant"] == "understudy":
             for other, value in row["against"].items():
-                out[f"{_cell(row)} understudy / {other}"] = value
+                out[f"{cell_name(row)} understudy / {other}"] = value
             if row["read_over_once"] is not None and row["budget_fraction"] is not None:
-                out[f"{_cell(row)} read / once"] = row["read_over_once"]
+                out[f"{cell_name(row)} read / once"] = row["read_over_once"]
     return out
 
 
@@ -138,7 +148,7 @@ def say(line: str) -> None:
 # -------------------------------------------------------------------------------------------- cells
 
 
-def _cell(row: Row) -> str:
+def cell_name(row: Row) -> str:
     share = row["budget_fraction"]
     return f"{row['model']}:{'ram' if share is None else f'{100 * share:g}'}"
 

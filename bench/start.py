@@ -32,15 +32,6 @@ from bench.process import Process
 from understudy.core import UnderstudyError
 
 Start = dict[str, Any]
-COLUMNS = (
-    *show.WHO,
-    ("load s", lambda r: f"{r['load_s']:.2f}"),
-    ("first token s", lambda r: f"{r['first_s']:.2f}"),
-    ("start s", lambda r: f"{r['start_s']:.2f}"),
-    ("min-max", lambda r: f"{r['start_min_s']:.2f}-{r['start_max_s']:.2f}"),
-    ("floor s", lambda r: "-" if r["floor_s"] is None else f"{r['floor_s']:.2f}"),
-    ("over floor s", lambda r: "-" if r["floor_s"] is None else f"{r['over_s']:.2f}"),
-)
 
 
 def one_start(
@@ -145,7 +136,7 @@ def main() -> int:
         show.say(f"error: {error}")
         return 2
     if not options.json:
-        print(show.table(rows, COLUMNS))
+        print(show.table(rows, show.START_COLUMNS))
     last = json.dumps({"cells": rows, "card": card})
     if options.output:
         options.output.write_text(last + "\n", encoding="utf-8")

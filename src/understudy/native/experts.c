@@ -32,7 +32,8 @@
 #endif
 
 #define R 4                 /* tokens that share one pass over a line of weights */
-#define CHUNK_BYTES 131072  /* weights handed to a thread at a time */
+#define EXPERT_CHUNK 524288 /* bytes handed to a thread at a time: each begins unprefetched */
+#define DENSE_CHUNK 131072  /* the same, of matrices that may be small and of different sizes */
 #define AHEAD 4096          /* bytes: the processor's own prefetching stops at the end of a page */
 
 /* ------------------------------------------------------------------------------ small numbers */
@@ -389,50 +390,64 @@ static INLINE __m512 scales_of(const struct matrix *m, const char *s, int64_t fi
       _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()), _mm512_set1_epi32(0x00400000)));
 }
 
-/* 4-bit weights against blocks: the B from number i on. The low and the high nibbles of the 16
- * bytes that hold 32 weights are summed in the same four lanes, so each lane has one scale. */
-static INLINE void nibbles_step(__m512i bytes, __m512 scale, const char *const *x, int64_t i,
-                                const int rows, int kind, __m512 *a) {
+/* 128 weights of 64 bytes as unsigned bytes, the low nibbles and the high ones */
+static INLINE void unfold(__m512i bytes, int kind, __m512i *v) {
   const __m512i mask = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(
       _mm_add_epi8(_mm_loadu_si128((const void *)MXFP4_BYTES), _mm_set1_epi8((char)raised(MXFP4))));
-  __m512i v[2] = {_mm512_and_si512(bytes, mask),
-                  _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask)};
+  v[0] = _mm512_and_si512(bytes, mask);
+  v[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
   if (kind == MXFP4) UNROLL for (int n = 0; n < 2; n++) v[n] = _mm512_shuffle_epi8(table, v[n]);
-  UNROLL for (int r = 0; r < rows; r++) {
-    const struct block *b = (const struct block *)x[r] + i / B;
-    __m512i low = _mm512_load_si512(b->start), high = _mm512_setzero_si512();
-    UNROLL for (int n = 0; n < 2; n++) {
-      low = _mm512_dpbusd_epi32(low, _mm512_load_si512(b->low + 64 * n), v[n]);
-      high = _mm512_dpbusd_epi32(high, v[n], _mm512_load_si512(b->high + 64 * n));
-    }
-    a[r] = gathered(low, high, _mm512_mul_ps(scale, _mm512_set1_ps(b->scale)), a[r]);
-  }
 }
 
-static INLINE void blocks_of_nibbles(LINE, int kind, int group) {
+/* 4-bit weights against one block. The low and the high nibbles of the 16 bytes that hold 32
+ * weights are summed in the same four lanes, so each lane has one scale. */
+static INLINE __m512 nibbles_step(const __m512i *v, __m512 scale, const struct block *b, __m512 a) {
+  __m512i low = _mm512_load_si512(b->start), high = _mm512_setzero_si512();
+  UNROLL for (int n = 0; n < 2; n++) {
+    low = _mm512_dpbusd_epi32(low, _mm512_load_si512(b->low + 64 * n), v[n]);
+    high = _mm512_dpbusd_epi32(high, v[n], _mm512_load_si512(b->high + 64 * n));
+  }
+  return gathered(low, high, _mm512_mul_ps(scale, _mm512_set1_ps(b->scale)), a);
+}
+
+/* `lines` lines against `rows` tokens; one of the two numbers is 1. Two lines share the loads of
+ * the token, several tokens those of the line. y[line or token]. */
+static INLINE void blocks_of_nibbles(const struct matrix *m, int64_t line, const int lines,
+                                     const char *const *x, const int rows, float *y, int kind,
+                                     int group) {
   const char *w = m->codes + line * m->stride, *s = m->scales + line * m->scale_stride;
   const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   const __m512i first = group == 64 ? _mm512_srli_epi32(lanes, 1) : lanes;
   const __m512i step = _mm512_set1_epi32(B / group);
   const int64_t span = 16 * group; /* weights that sixteen scales speak for */
   __m512 a[R];
-  UNROLL for (int r = 0; r < rows; r++) a[r] = _mm512_setzero_ps();
+  UNROLL for (int n = 0; n < lines * rows; n++) a[n] = _mm512_setzero_ps();
   for (int64_t from = 0; from < m->k; from += span) {
     const int64_t to = least(m->k, from + span);
-    const __m512 scales = scales_of(m, s, from / group, kind);
     __m512i at = first;
-    int64_t i = from;
-    for (; i + B <= to; i += B, at = _mm512_add_epi32(at, step)) {
-      _mm_prefetch(w + i / 2 + AHEAD, _MM_HINT_T1);
-      nibbles_step(_mm512_loadu_si512(w + i / 2), _mm512_permutexvar_ps(at, scales), x, i, rows,
-                   kind, a);
-    }
-    if (i < to)
-      nibbles_step(load_up_to(w + i / 2, (to - i) / 2), _mm512_permutexvar_ps(at, scales), x, i,
-                   rows, kind, a);
+    __m512 scales[2];
+    UNROLL for (int l = 0; l < lines; l++)
+      scales[l] = scales_of(m, s + l * m->scale_stride, from / group, kind);
+    for (int64_t i = from; i < to; i += B, at = _mm512_add_epi32(at, step))
+      UNROLL for (int l = 0; l < lines; l++) {
+        const char *here = w + l * m->stride + i / 2;
+        __m512i v[2];
+        _mm_prefetch(here + AHEAD, _MM_HINT_T1);
+        unfold(load_up_to(here, (to - i) / 2), kind, v);
+        UNROLL for (int r = 0; r < rows; r++)
+          a[l + r] = nibbles_step(v, _mm512_permutexvar_ps(at, scales[l]),
+                                  (const struct block *)x[r] + i / B, a[l + r]);
+      }
   }
   const float unit = kind == INT4 ? 1.0f : 0.5f; /* MXFP4's weights are doubled */
-  UNROLL for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(a[r]) * unit;
+  UNROLL for (int n = 0; n < lines * rows; n++) y[n] = _mm512_reduce_add_ps(a[n]) * unit;
+}
+
+static INLINE void nibble_lines(const struct matrix *m, int64_t line, const int lines,
+                                const char *const *x, const int rows, float *y) {
+  if (m->kind == MXFP4) blocks_of_nibbles(m, line, lines, x, rows, y, MXFP4, 32);
+  else if (m->group == 64) blocks_of_nibbles(m, line, lines, x, rows, y, INT4, 64);
+  else blocks_of_nibbles(m, line, lines, x, rows, y, INT4, 32);
 }
 #endif
 
@@ -443,11 +458,7 @@ static INLINE void choose(LINE, int form) {
 #if INTEGER_DOT
   if (form == BLOCKS) switch (m->kind) {
     case INT8: integers(m, line, x, rows, y); return;
-    case INT4:
-      if (m->group == 64) blocks_of_nibbles(m, line, x, rows, y, INT4, 64);
-      else blocks_of_nibbles(m, line, x, rows, y, INT4, 32);
-      return;
-    default: blocks_of_nibbles(m, line, x, rows, y, MXFP4, 32); return;
+    default: nibble_lines(m, line, 1, x, rows, y); return;
   }
 #endif
   (void)form;
@@ -463,12 +474,17 @@ static INLINE void choose(LINE, int form) {
 /* y[i * n + t] = line `first + i` times input t, for n inputs that lie `x_bytes` apart */
 static void dot(const struct matrix *m, int64_t first, int64_t lines, const char *x,
                 int64_t x_bytes, int64_t n, float *y, int form) {
+  int64_t done = 0;
+#if INTEGER_DOT
+  if (n == 1 && form == BLOCKS && m->kind != INT8)
+    for (; done + 2 <= lines; done += 2) nibble_lines(m, first + done, 2, &x, 1, y + done);
+#endif
   for (int64_t t = 0; t < n; t += R) {
     const int64_t now = least(R, n - t);
     const char *at[R];
     float four[R];
     for (int r = 0; r < R; r++) at[r] = x + (t + least(r, now - 1)) * x_bytes;
-    for (int64_t i = 0; i < lines; i++) {
+    for (int64_t i = done; i < lines; i++) {
       if (now == 1) choose(m, first + i, at, 1, four, form);
       else if (now == 2) choose(m, first + i, at, 2, four, form);
       else choose(m, first + i, at, R, four, form); /* three are four, one of them twice */
@@ -532,10 +548,12 @@ static void down(const struct expert *e, const struct shape *s, int64_t row, int
       store(out, places[e->first + t] * s->hidden + row + i, room[i * e->tokens + t], s->dtype);
 }
 
-/* Sixteen lines are a unit of work; a chunk is as many units as make CHUNK_BYTES. */
-static inline int64_t chunk(int64_t stride) {
-  int64_t units = CHUNK_BYTES / (16 * stride);
-  return 16 * (units > 0 ? units : 1);
+/* Lines handed to a thread at a time: a multiple of sixteen, about `bytes`, and so many pieces that
+ * `count` matrices can be shared evenly. `stride`: bytes of a line. */
+static int64_t chunk(int64_t lines, int64_t stride, int64_t count, int64_t bytes, int threads) {
+  int64_t per = least(pieces(lines * stride, bytes), pieces(lines, 16));
+  while (per * count % threads && per < pieces(lines, 16)) per++;
+  return 16 * pieces(pieces(lines, per), 16);
 }
 
 static inline int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
@@ -566,8 +584,9 @@ int understudy_swiglu(const struct expert *experts, int64_t count, const struct 
   int64_t *at = (int64_t *)(rooms + threads * room_bytes); /* first entry of an expert in here */
   char *between = (char *)(at + count); /* what gate and up left, not prepared yet */
   for (int64_t e = 0, sum = 0; e < count; sum += experts[e++].tokens) at[e] = sum;
-  const int64_t up_chunk = chunk(2 * s->stride[0]), up_per = pieces(s->width, up_chunk);
-  const int64_t down_chunk = chunk(s->stride[1]), down_per = pieces(s->hidden, down_chunk);
+  const int64_t up_chunk = chunk(s->width, 2 * s->stride[0], count, EXPERT_CHUNK, threads);
+  const int64_t down_chunk = chunk(s->hidden, s->stride[1], count, EXPERT_CHUNK, threads);
+  const int64_t up_per = pieces(s->width, up_chunk), down_per = pieces(s->hidden, down_chunk);
   int64_t up_next = 0, down_next = 0, room_next = 0;
 #pragma omp parallel num_threads(threads)
   {
@@ -614,8 +633,9 @@ int understudy_linears(const struct matrix *all, const int64_t *lines, int64_t c
   if (posix_memalign((void **)&memory, 64, n * x_bytes + threads * room_bytes)) return 1;
   char *rooms = memory + n * x_bytes;
   const int form = form_of(all[0].kind, dtype);
-  const int64_t size = chunk(all[0].stride);
-  int64_t units = 0, next = 0, room_next = 0;
+  int64_t units = 0, next = 0, room_next = 0, total = 0;
+  for (int64_t i = 0; i < count; i++) total += lines[i];
+  const int64_t size = chunk(total, all[0].stride, 1, DENSE_CHUNK, threads);
   for (int64_t i = 0; i < count; i++) units += pieces(lines[i], size);
 #pragma omp parallel num_threads(threads)
   {

@@ -1,0 +1,125 @@
+"""The tables of the pages, made of what the benches wrote.
+
+    python bench/pages.py [--check]
+
+In README.md and docs/*.md a table stands between lines ``<!-- results: FILE KIND -->`` and
+``<!-- end -->``; it is written anew from docs/results/FILE. ``--check`` writes nothing and fails
+where a page says something else than its results. Kinds:
+
+    decode, prefill, start    all rows, the columns of that bench
+    ratios                    the ratios that have a target
+    beside                    ours and each peer's time per token, a cell and format per row
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from bench import show
+
+Row = dict[str, Any]
+BLOCK = re.compile(r"(<!-- results: (\S+) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# Our name, its format, and who computes the same weights.
+PAIRS = (
+    ("understudy", "bf16", "llama.cpp-bf16"),
+    ("understudy-int8", "int8 / Q8_0", "llama.cpp-q8_0"),
+    ("understudy-int4", "int4 / Q4_0", "llama.cpp-q4_0"),
+)
+OTHERS = ("transformers", "accelerate")
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def columns(known: Sequence[tuple[str, Callable[[Row], str]]]) -> Callable[[Any], str]:
+    def made(results: Any) -> str:
+        rows = [row for row in results["cells"] if row.get("rounds")]
+        lines = [[show_one(row) for _, show_one in known] for row in rows]
+        return markdown([name for name, _ in known], lines)
+
+    return made
+
+
+def ratios(results: Any) -> str:
+    return markdown(("ratio", ""), [(n, f"{v:.2f}") for n, v in results["ratios"].items()])
+
+
+def beside(results: Any) -> str:
+    """The faster of a row in bold."""
+    by_cell: dict[tuple[str, str], Row] = {}
+    for row in results["cells"]:
+        if row.get("rounds"):
+            by_cell[show.cell_name(row), row["contestant"]] = row
+    lines = []
+    for cell in dict.fromkeys(cell for cell, _ in by_cell):
+        for own, format, peer in PAIRS:
+            others = [by_cell.get((cell, name)) for name in OTHERS if own == "understudy"]
+            found = [by_cell.get((cell, own)), by_cell.get((cell, peer)), *filter(None, others)]
+            if found[0] is not None and len(list(filter(None, found))) > 1:
+                lines.append([cell, format, *_times(found)])
+    head = ("ms per token", "experts", "Understudy", "llama.cpp", "transformers, accelerate")
+    return markdown(head, lines)
+
+
+def _times(rows: Sequence[Row | None]) -> list[str]:
+    best = min(row["tpot_ms"] for row in rows if row is not None)
+    shown = []
+    for row in [*rows, None][:3]:
+        if row is None:
+            shown.append("")
+            continue
+        mark = "**" if row["tpot_ms"] == best else ""
+        low, high = (f"{row[name]:.3g}" for name in ("tpot_min_ms", "tpot_max_ms"))
+        shown.append(f"{mark}{row['tpot_ms']:.3g}{mark} ({low}-{high})")
+    return shown
+
+
+KINDS: dict[str, Callable[[Any], str]] = {
+    "decode": columns(show.DECODE_COLUMNS),
+    "prefill": columns(show.PREFILL_COLUMNS),
+    "start": columns(show.START_COLUMNS),
+    "ratios": ratios,
+    "beside": beside,
+}
+
+
+def rewritten(page: str, results: Path) -> str:
+    """The text of a page with its tables made anew. ``results``: the folder of the numbers."""
+
+    def table(match: re.Match[str]) -> str:
+        begin, file, kind, _, end = match.groups()
+        found = json.loads((results / file).read_text(encoding="utf-8").splitlines()[-1])
+        return f"{begin}{KINDS[kind](found)}{end}"
+
+    return BLOCK.sub(table, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    check, stale = parser.parse_args().check, []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        new = rewritten(text, ROOT / "docs" / "results")
+        if new != text:
+            stale.append(page.name)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    print(f"{'different' if check else 'written'}: {', '.join(stale) or 'none'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
