@@ -2,16 +2,17 @@
 
     python bench/overhead.py [--models fine,coarse] [--steps 200] [--repeats 5] [--smoke] [--json]
 
-The seam is called directly with the routing of real text. Nothing is transferred: every expert is
-resident, or lands at once; the experts' kernels are replaced by nothing. What remains is the
-engine's own: the event, the decision, the book, the kernel's arguments, the sum over ranks.
-Variants, in turns:
+The seam is called directly with the routing of real text; the experts' kernels are replaced by
+nothing. What remains is the engine's own: the event, the decision, the book, the kernel's
+arguments, the sum over ranks. Then the opposite: whole decode steps whose experts answer zero.
 
-    plain          speculation off
-    speculating    predictions from the next layer's scores, which are handed over
-    + routers      the same, and the next layer's own router is called, as in a real step
-    missing        slots for a third of the experts, speculation off: a load lands the moment it is
-                   asked for, so victims are chosen and slots change hands, but nothing is read
+    resident             every expert is there for good, as where the model fits
+    missing              slots for a third of the experts, speculation off: a load lands the moment
+                         it is asked for, so victims are chosen and slots change hands, but nothing
+                         is read
+    missing + guesses    the same, and the next layer's router is asked, as in a real step
+    frame, eager         attention, norms, routers, the head: everything but experts and seam
+    frame, compiled      the same, decoder layers compiled
 
 The last line is JSON. Microseconds per MoE layer and decode step.
 """
@@ -22,9 +23,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ from bench import card as cards
 from bench import show
 from understudy import bench as own_bench
 from understudy import demo
+from understudy import model as guest
 from understudy.core import (
     ExpertId,
     Forward,
@@ -50,8 +51,9 @@ from understudy.experts.compute import Batch, Fused
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Slot
 
-PLAIN, SPECULATING, ROUTERS = "plain", "speculating", "speculating + routers"
-MISSING, SHARE = "missing", 0.33
+RESIDENT, MISSING, GUESSING = "resident", "missing", "missing + guesses"
+FRAMES = {"frame, eager": "eager", "frame, compiled": "compiled"}
+SHARE = 0.33  # of the experts, where some are missing
 COLUMNS = (
     ("model", lambda r: r["model"]),
     ("variant", lambda r: r["variant"]),
@@ -145,74 +147,71 @@ def seconds_per_layer(engine: Engine, steps: Sequence[Any], routers: bool) -> fl
     return spent / calls
 
 
-def variants(engine: Engine, events: Sequence[LayerEvent]) -> dict[str, Callable[[], float]]:
-    """Name -> one measurement."""
-    runtime, steps = engine.model.understudy.runtime, steps_of(events)
-    real = runtime.lookahead.ask
-    following = {
-        event.layer: {later.layer: (later.ids, later.weights)}
-        for event, later in pairwise(events)
-        if later.layer == event.layer + 1
-    }
-
-    def plain() -> float:
-        runtime.director.switch = SelfSwitch(enabled=False)
-        return seconds_per_layer(engine, steps, routers=False)
-
-    def speculating() -> float:
-        runtime.director.switch = SelfSwitch(enabled=True, adaptive=False)
-        runtime.lookahead.ask = lambda forward, layer, depth, rows: following.get(layer, {})
-        try:
-            return seconds_per_layer(engine, steps, routers=False)
-        finally:
-            runtime.lookahead.ask = real
-
-    def with_routers() -> float:
-        runtime.director.switch = SelfSwitch(enabled=True, adaptive=False)
-        return seconds_per_layer(engine, steps, routers=True)
-
-    return {PLAIN: plain, SPECULATING: speculating, ROUTERS: with_routers}
+def resident(model: Path, steps: int, repeats: int) -> tuple[list[float], list[Any]]:
+    """Seconds of a layer whose experts are all there, one number per turn; and the steps."""
+    found = inspect(model)
+    memory = found.smallest_memory + found.experts * found.slot_bytes
+    with Engine(model, memory=memory) as engine, torch.inference_mode():
+        calls = steps_of(decode_events(engine, steps))
+        before = engine.model.understudy.counters
+        with no_compute():
+            turns = [seconds_per_layer(engine, calls, routers=False) for _ in range(repeats + 1)]
+        moved = (engine.model.understudy.counters - before).bytes_read
+    if moved:
+        raise UnderstudyError(f"{moved} bytes were read where every expert should be resident")
+    return turns, calls
 
 
-def missing(model: Path, steps: Sequence[Any], repeats: int) -> list[float]:
-    """Microseconds of a layer that misses, one number per turn."""
+def missing(model: Path, calls: Sequence[Any], repeats: int, guesses: bool) -> list[float]:
+    """Seconds of a layer that misses, one number per turn. ``guesses``: routers are asked."""
     found = inspect(model)
     memory = found.smallest_memory + int(SHARE * found.experts) * found.slot_bytes
     with Engine(model, memory=memory) as engine, torch.inference_mode():
-        engine.model.understudy.runtime.director.switch = SelfSwitch(enabled=False)
+        engine.model.understudy.runtime.director.switch = SelfSwitch(
+            enabled=guesses, adaptive=False
+        )
         with no_compute(), no_transfer(engine):
-            turns = [seconds_per_layer(engine, steps, routers=False) for _ in range(repeats + 1)]
+            turns = [seconds_per_layer(engine, calls, routers=guesses) for _ in range(repeats + 1)]
         if not engine.model.understudy.counters.misses:
             raise UnderstudyError("nothing was missed where most experts should be absent")
-    return [1e6 * seconds for seconds in turns[1:]]
+    return turns
+
+
+def frame(model: Path, kind: str, steps: int, repeats: int) -> list[float]:
+    """Seconds of a whole decode step per MoE layer when experts answer zero, one per turn."""
+    with Engine(model, memory="100%", frame=kind) as engine, torch.inference_mode():
+        lm, turns = engine.model, []
+        guests = guest.guests(lm)
+        for module in guests:
+            module.seam = lambda layer, x, ids, weights: torch.zeros_like(x)
+        (prompt,) = own_bench.prompts(engine, 1, 256)
+        for _ in range(repeats + 1):
+            cache = lm(input_ids=torch.tensor([prompt]), use_cache=True).past_key_values
+            token = torch.tensor([prompt[:1]])
+            started = time.perf_counter()
+            for _ in range(steps):
+                lm(input_ids=token, past_key_values=cache, use_cache=True)
+            turns.append((time.perf_counter() - started) / steps / len(guests))
+    return turns
 
 
 def measure(model: Path, steps: int, repeats: int) -> list[dict[str, Any]]:
     """The rows of one model; the first turn warms up."""
-    found = inspect(model)
-    memory = found.smallest_memory + found.experts * found.slot_bytes
-    with Engine(model, memory=memory) as engine, torch.inference_mode():
-        events = decode_events(engine, steps)
-        before = engine.model.understudy.counters
-        with no_compute():
-            ways = variants(engine, events)
-            taken: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in range(repeats + 1):
-                for name, way in ways.items():
-                    seconds = way()
-                    if turn > 0:
-                        taken[name].append(1e6 * seconds)
-        moved = (engine.model.understudy.counters - before).bytes_read
-    if moved:
-        raise UnderstudyError(f"{moved} bytes were read where every expert should be resident")
-    taken[MISSING] = missing(model, steps_of(events), repeats)
-    return [
-        {
-            "model": model.name, "variant": name, "skipped": None, "rounds": len(us),
-            "us": round(median(us), 2), "us_min": round(min(us), 2), "us_max": round(max(us), 2),
-        }
-        for name, us in taken.items()
-    ]  # fmt: skip
+    taken: dict[str, list[float]] = {}
+    taken[RESIDENT], calls = resident(model, steps, repeats)
+    taken[MISSING] = missing(model, calls, repeats, guesses=False)
+    taken[GUESSING] = missing(model, calls, repeats, guesses=True)
+    for name, kind in FRAMES.items():
+        taken[name] = frame(model, kind, steps, repeats)
+    return [_row(model.name, name, turns[1:]) for name, turns in taken.items()]
+
+
+def _row(model: str, variant: str, turns: Sequence[float]) -> dict[str, Any]:
+    us = [1e6 * seconds for seconds in turns]
+    return {
+        "model": model, "variant": variant, "skipped": None, "rounds": len(us),
+        "us": round(median(us), 2), "us_min": round(min(us), 2), "us_max": round(max(us), 2),
+    }  # fmt: skip
 
 
 def main() -> int:

@@ -5,8 +5,8 @@
 
 Each start is a new process that has done its imports and nothing else; the model's files are out
 of the page cache, contestants take turns. Floor: dense weights and the experts that the prompt
-touches (as Understudy counts them), read once at the disk's bandwidth. The first start is not
-counted: it may compile what later ones find in a cache. The last line is JSON.
+touches (as Understudy counts them), read once at the best bandwidth seen, its own included. The
+first start is not counted: it may compile what later ones find in a cache. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def one_start(
         memory = limits.budget if contestant.told else None
         facts = process.ask("load", model=str(path), memory=memory, options=options)
         lap = process.ask("round", prompt=list(prompt), answer=[prompt[0]], seconds=0.0)
-    return {"load": facts["seconds"], "first": lap["ttft"], "once": lap["prompt_once_bytes"]}
+    return {
+        "load": facts["seconds"],
+        "first": lap["ttft"],
+        "once": lap["prompt_once_bytes"],
+        "link_rate": lap.get("link_rate"),
+    }
 
 
 def row(
@@ -94,6 +99,7 @@ def one_cell(cell: Cell, options: argparse.Namespace, card: dict[str, Any]) -> l
         for contestant, path in ready:
             try:
                 start = one_start(cell, contestant, path, prompt, limits)
+                rates.saw(start["link_rate"])
             except CannotRun as reason:
                 start = {"error": str(reason)}
             if number > 0:

@@ -59,10 +59,11 @@ def test_prefill_smoke() -> None:
 def test_overhead_smoke() -> None:
     last, _ = run("overhead.py", "--smoke", "--models", "coarse", "--steps", "3", "--repeats", "1")
     assert [row["variant"] for row in last["rows"]] == [
-        "plain",
-        "speculating",
-        "speculating + routers",
+        "resident",
         "missing",
+        "missing + guesses",
+        "frame, eager",
+        "frame, compiled",
     ]
 
 
