@@ -81,8 +81,8 @@ def _times(rows: Sequence[Row | None]) -> list[str]:
             shown.append("")
             continue
         mark = "**" if row["tpot_ms"] == best else ""
-        low, high = (f"{row[name]:.3g}" for name in ("tpot_min_ms", "tpot_max_ms"))
-        shown.append(f"{mark}{row['tpot_ms']:.3g}{mark} ({low}-{high})")
+        least, most = show.ms(row["tpot_min_ms"]), show.ms(row["tpot_max_ms"])
+        shown.append(f"{mark}{show.ms(row['tpot_ms'])}{mark} ({least}-{most})")
     return shown
 
 

@@ -20,28 +20,28 @@ WHO: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 DECODE_COLUMNS = (
     *WHO,
-    ("ms/token", lambda r: _ms(r["tpot_ms"])),
-    ("min-max", lambda r: f"{_ms(r['tpot_min_ms'])}-{_ms(r['tpot_max_ms'])}"),
-    ("TTFT", lambda r: _ms(r["ttft_ms"])),
+    ("ms/token", lambda r: ms(r["tpot_ms"])),
+    ("min-max", lambda r: f"{ms(r['tpot_min_ms'])}-{ms(r['tpot_max_ms'])}"),
+    ("TTFT", lambda r: ms(r["ttft_ms"])),
     ("read/token", lambda r: _size(r["bytes_per_token"])),
     ("hits", lambda r: _percent(r["hit_rate"])),
-    ("stall", lambda r: _ms(r["stall_ms"])),
+    ("stall", lambda r: ms(r["stall_ms"])),
     ("peak RSS", lambda r: _size(r["rss_bytes"])),
-    ("own", lambda r: _ms(r["floor_own_ms"])),
-    ("belady", lambda r: _ms(r["floor_belady_ms"])),
+    ("own", lambda r: ms(r["floor_own_ms"])),
+    ("belady", lambda r: ms(r["floor_belady_ms"])),
     ("x own", lambda r: _times(r["over_floor_own"])),
     ("bytes x belady", lambda r: _times(r["missed_over_belady"])),
     ("x understudy", lambda r: _times(r["against"].get("understudy"))),
 )
 PREFILL_COLUMNS = (
     *WHO,
-    ("TTFT ms", lambda r: _ms(r["ttft_ms"])),
-    ("min-max", lambda r: f"{_ms(r['ttft_min_ms'])}-{_ms(r['ttft_max_ms'])}"),
+    ("TTFT ms", lambda r: ms(r["ttft_ms"])),
+    ("min-max", lambda r: f"{ms(r['ttft_min_ms'])}-{ms(r['ttft_max_ms'])}"),
     ("tokens/s", lambda r: f"{r['tokens_per_second']:.0f}"),
     ("read", lambda r: _size(r["bytes_read"])),
     ("x once", lambda r: _times(r["read_over_once"])),
-    ("stall", lambda r: _ms(r["stall_ms"])),
-    ("own", lambda r: _ms(r["floor_own_ms"])),
+    ("stall", lambda r: ms(r["stall_ms"])),
+    ("own", lambda r: ms(r["floor_own_ms"])),
     ("x own", lambda r: _times(r["over_floor_own"])),
     ("x understudy", lambda r: _times(r["against"].get("understudy"))),
 )
@@ -153,7 +153,7 @@ def cell_name(row: Row) -> str:
     return f"{row['model']}:{'ram' if share is None else f'{100 * share:g}'}"
 
 
-def _ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 

@@ -36,7 +36,7 @@ def test_a_block_is_made_of_its_file(tmp_path: Path) -> None:
         "<!-- results: a.json beside -->",
         "| ms per token | experts | Understudy | llama.cpp | transformers, accelerate |",
         "| --- | --- | --- | --- | --- |",
-        "| fine:33 | bf16 | **10** (9-11) | 55.2 (54.2-56.2) |  |",
+        "| fine:33 | bf16 | **10.0** (9.0-11.0) | 55.2 (54.2-56.2) |  |",
         "<!-- end -->",
         "after",
     ]
