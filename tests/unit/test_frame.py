@@ -141,6 +141,16 @@ def test_what_was_kept_and_is_damaged_is_compiled_again(nothing_kept: Path, dama
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(native.library() is None, reason=f"no kernel: {native.why_not()}")
+def test_layers_that_cannot_be_kept_run_and_it_is_said(nothing_kept: Path) -> None:
+    nothing_kept.write_text("a file where the folder should be")
+    said: list[str] = []
+    _, facts = logits("100%", "compiled", on_status=said.append)
+    assert facts["frame"] == "10 layers compiled"
+    assert any(str(nothing_kept) in line for line in said)
+
+
+@pytest.mark.slow
 def test_two_threads_in_the_same_layer_do_not_share_memory() -> None:
     with understudy.load(FINE, memory="100%", frame="compiled", dtype="float32") as model:
         settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

@@ -293,7 +293,9 @@ class _Workshop:
             made.note(site.args, site.kwargs, copy.deepcopy(self.before))
         self._checked(made)
         if code.program is not None:
-            kept.keep(name, code.program.notes)
+            why_not = kept.keep(name, code.program.notes)
+            if why_not:
+                self.say(f"note: the next start will compile again, nothing is kept in {why_not}")
         return made
 
     def _checked(self, compiled: CompiledLayer) -> CompiledLayer:

@@ -76,8 +76,9 @@ def _folder() -> Path:
 # ------------------------------------------------------------------------------ keep and find
 
 
-def keep(name: str, notes: Notes) -> None:
-    """Write ``notes`` and the loops they call. A disk that is full or read-only keeps nothing."""
+def keep(name: str, notes: Notes) -> str:
+    """Write ``notes`` and the loops they call. Returns why they could not be kept (a disk that is
+    full or read-only), or nothing."""
     folder = _folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,9 @@ def keep(name: str, notes: Notes) -> None:
         plain = json.dumps(_plain(notes, files))
         record = {"notes": plain, "checksum": _digest(plain.encode())}
         _write(folder / f"{name}.json", json.dumps(record).encode())
-    except OSError:
-        return
+        return ""
+    except OSError as e:
+        return f"{folder}: {e.strerror}"
 
 
 def find(name: str) -> Notes | None:
