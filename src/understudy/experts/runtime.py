@@ -251,6 +251,7 @@ class _Errand:
         self.director, self.transfer = director, transfer
         self.todo, self.waiting = list(plan.order), list(plan.loads)
         self.loading = bool(plan.loads or plan.late)
+        self.sweep = plan.event.phase is Phase.PREFILL
         self.prefetch: Sequence[Guess] | None = None
         self.pinned: set[ExpertId] = set()
         self.stall_seconds = 0.0
@@ -316,15 +317,17 @@ class _Errand:
             self._unpin(expert)
 
     def _start_loads(self) -> None:
-        """Issue the loads whose victims can leave; speculation follows the last of them."""
-        later = []
+        """Issue the loads whose victims can leave; speculation follows the last of them. A prompt
+        needs most experts of a layer and all of them at the end: it reads them as they lie."""
+        later, started = [], []
         for load in self.waiting:
             if self.director.may_start(load):
-                slot = self.director.commit(load)
+                started.append((load.expert, self.director.commit(load)))
                 self._pin(load.expert)
-                self.transfer.demand(load.expert, slot)
             else:
                 later.append(load)
+        if started:
+            self.transfer.demand_all(started, as_they_lie=self.sweep)
         self.waiting = later
         if not later:
             self._offer()

@@ -140,12 +140,22 @@ class TransferQueue:
 
     def demand(self, expert: ExpertId, slot: Slot) -> None:
         """Read ``expert`` into its reserved slot, after the demands already queued."""
+        self.demand_all([(expert, slot)])
+
+    def demand_all(
+        self, loads: Sequence[tuple[ExpertId, Slot]], *, as_they_lie: bool = False
+    ) -> None:
+        """The same for several, in this order, or in the order in which they lie on disk."""
         self.require_open()
-        self._errors.pop(expert, None)  # of a forward that was interrupted before it saw it
-        job = self._start(expert, slot, DEMAND_BLOCK, speculative=False)
-        self._demand.append(job)
-        self._demands_open += 1
-        self._work_came.notify(len(job.chunks))
+        jobs = []
+        for expert, slot in loads:
+            self._errors.pop(expert, None)  # of a forward that was interrupted before it saw it
+            jobs.append(self._start(expert, slot, DEMAND_BLOCK, speculative=False))
+        if as_they_lie:
+            jobs.sort(key=lambda job: (job.chunks[0].file, job.chunks[0].offset))
+        self._demand.extend(jobs)
+        self._demands_open += len(jobs)
+        self._work_came.notify(sum(len(job.chunks) for job in jobs))
 
     def promote(self, expert: ExpertId) -> None:
         """Somebody needs a speculation that is under way: from now on it is a demand."""

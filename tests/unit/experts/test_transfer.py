@@ -183,6 +183,19 @@ def test_demands_are_read_in_the_order_of_need() -> None:
     assert source.order() == [A, B, C]
 
 
+def test_a_sweep_is_read_in_the_order_in_which_it_lies_on_disk() -> None:
+    source = Valve()
+    with desk(source) as d:
+        with d.lock:
+            loads = [(expert, d.book.reserve(expert)) for expert in (C, A, B)]
+            d.queue.demand_all(loads, as_they_lie=True)
+        for expert in (A, B, C):
+            (read,) = source.expect(expert)
+            source.let(read)
+        d.until_ready(A, B, C)
+    assert source.order() == [A, B, C]
+
+
 def test_several_threads_read_several_experts_at_once() -> None:
     source = Valve()
     with desk(source, threads=3) as d:
