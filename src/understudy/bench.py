@@ -11,6 +11,7 @@ larger of the two times, never their sum.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +19,16 @@ from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
 from understudy import plan as planning
-from understudy.core import Counters, LayerEvent, Phase, UnderstudyError
-from understudy.registry import require
+from understudy.core import Counters, LayerEvent, Phase, UnderstudyError, UnknownName
+from understudy.registry import (
+    EVICTORS,
+    PREDICTORS,
+    RESOLVERS,
+    ROUTES,
+    is_exact,
+    parse,
+    require,
+)
 
 if TYPE_CHECKING:
     from understudy.engine import Engine, Generation
@@ -31,28 +40,62 @@ Report = Callable[[int, int], None]  # (done, in all)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who leaves, who comes early, and whether there is a cache at all."""
+    """Who leaves, who comes early, who runs, what a miss does, and whether there is a cache."""
 
     name: str
     evictor: str = "lrfu"
     predictor: str = "none"
     slots: int | None = None  # None: as many as the budget holds
+    route: str = "as-routed"
+    resolver: str = "fetch"
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """``no-cache``, ``understudy``, ``EVICTOR`` (on demand) or ``EVICTOR+PREDICTOR``."""
+        """A preset's name, or ``NAME+NAME+...``, each an evictor, a predictor, a route or a
+        resolver, in any order, at most one of each kind; parameters as ``NAME:key=value``."""
         name = text.strip()
         if name in PRESETS:
             return PRESETS[name]
-        evictor, _, predictor = name.partition("+")
-        require(evictor, predictor or "none")
-        return cls(name, evictor, predictor or "none")
+        parts: dict[str, str] = {}
+        for part in name.split("+"):
+            kind = _kind_of(part)
+            if kind in parts:
+                raise UnderstudyError(f"policy {name!r} names two kinds of {kind}; leave one out")
+            parts[kind] = part
+        policy = cls(name, **parts)  # type: ignore[arg-type]
+        require(policy.evictor, policy.predictor, policy.route, policy.resolver)
+        return policy
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing in it may change what is computed."""
+        return is_exact(self.route, self.resolver)
+
+    def options(self) -> dict[str, Any]:
+        """For `Engine`."""
+        names = "evictor", "predictor", "route", "resolver", "slots"
+        return {name: getattr(self, name) for name in names}
+
+
+_KINDS = {"evictor": EVICTORS, "predictor": PREDICTORS, "route": ROUTES, "resolver": RESOLVERS}
+
+
+def _kind_of(part: str) -> str:
+    name = parse(part)[0]
+    for kind, registry in _KINDS.items():
+        if name in registry.names():
+            return kind
+    known = [*PRESETS, *(name for registry in _KINDS.values() for name in registry.names())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UnknownName(f"no policy named {name!r}{hint} Known: {', '.join(known)}")
 
 
 NO_CACHE = Policy("no-cache", "lru", slots=planning.MINIMUM_SLOTS)
 LRU = Policy("lru", "lru")
+ON_DEMAND = Policy("on-demand")
 UNDERSTUDY = Policy("understudy", predictor="next-gate")
-PRESETS = {policy.name: policy for policy in (NO_CACHE, LRU, UNDERSTUDY)}
+PRESETS = {policy.name: policy for policy in (NO_CACHE, LRU, ON_DEMAND, UNDERSTUDY)}
 
 
 @contextmanager
@@ -71,8 +114,7 @@ def open_all(
     engines: dict[str, Engine] = {}
     with ExitStack() as stack:
         for number, policy in enumerate(policies):
-            chosen = {"evictor": policy.evictor, "predictor": policy.predictor}
-            engine = Engine(model, memory=memory, slots=policy.slots, **{**settings, **chosen})
+            engine = Engine(model, memory=memory, **{**settings, **policy.options()})
             engines[policy.name] = stack.enter_context(engine)
             if number == 0:
                 _check_room(engine.plan, policies)

@@ -171,8 +171,8 @@ def test_bench_compares_policies_in_turns(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--policy", "lru,lfuu"), "no evictor named 'lfuu'; did you mean 'lfu'?"),
-        (("--policy", "lru+nextgate"), "no predictor named 'nextgate'"),
+        (("--policy", "lru,lfuu"), "no policy named 'lfuu'; did you mean 'lfu'?"),
+        (("--policy", "lru+nextgate"), "no policy named 'nextgate'; did you mean 'next-gate'?"),
         (("-n", "300"), "300 new tokens leave no room for a prompt in a context of 256"),
     ],
 )

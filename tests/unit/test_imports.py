@@ -17,10 +17,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 # Rooms of one floor never import each other, except where they stand in one cell.
 FLOORS: list[list[set[str]]] = [
     [{"core", "registry"}],
-    [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}, {"native"}],
+    [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"profile"}, {"widen"}, {"native"}],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}],
-    [{"engine", "loading", "evaluate", "packing"}],
+    [{"engine", "loading", "evaluate", "packing", "learn"}],
     [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],
 ]
 
