@@ -45,9 +45,10 @@ class Policy:
     name: str
     evictor: str = "lrfu"
     predictor: str = "none"
-    slots: int | None = None  # None: as many as the budget holds
+    slots: int | str | None = None  # None: as many as the budget holds; "2k": see `Options`
     route: str = "as-routed"
     resolver: str = "fetch"
+    self_switch: bool = True
 
     @classmethod
     def parse(cls, text: str) -> Policy:
@@ -73,7 +74,7 @@ class Policy:
 
     def options(self) -> dict[str, Any]:
         """For `Engine`."""
-        names = "evictor", "predictor", "route", "resolver", "slots"
+        names = "evictor", "predictor", "route", "resolver", "slots", "self_switch"
         return {name: getattr(self, name) for name in names}
 
 
@@ -95,7 +96,32 @@ NO_CACHE = Policy("no-cache", "lru", slots=planning.MINIMUM_SLOTS)
 LRU = Policy("lru", "lru")
 ON_DEMAND = Policy("on-demand")
 UNDERSTUDY = Policy("understudy", predictor="next-gate")
-PRESETS = {policy.name: policy for policy in (NO_CACHE, LRU, ON_DEMAND, UNDERSTUDY)}
+# Speculating Experts as published keeps no expert: two layers' worth of buffers, all copied anew
+# for every token. `paper` executes what it speculated, `paper-hint` only fetches it early.
+_PAPER: dict[str, Any] = {"evictor": "lru-global", "slots": "2k", "self_switch": False}
+PRESETS = {
+    policy.name: policy
+    for policy in (
+        NO_CACHE,
+        LRU,
+        ON_DEMAND,
+        UNDERSTUDY,
+        Policy("hint-quasi", predictor="quasi-gate"),
+        Policy("hint-estimator", predictor="estimator"),
+        Policy("hint-hybrid", predictor="hybrid"),
+        Policy("paper-on-demand", **_PAPER),
+        Policy("paper-hint", predictor="quasi-gate", **_PAPER),
+        Policy("paper", predictor="quasi-gate", route="speculated", **_PAPER),
+        Policy("paper-estimator", predictor="estimator", route="speculated", **_PAPER),
+        Policy("paper-hybrid", predictor="hybrid", route="speculated", **_PAPER),
+        Policy("speculated", predictor="quasi-gate", route="speculated", self_switch=False),
+        Policy("verified", predictor="next-gate", route="verified", self_switch=False),
+        Policy("buddy", route="buddy"),
+        Policy("buddy-similar", route="buddy:stand_in=similar"),
+        Policy("buddy-random", route="buddy:stand_in=random"),
+        Policy("buddy-drop", route="buddy:stand_in=drop"),
+    )
+}
 
 
 @contextmanager
@@ -125,7 +151,7 @@ def _check_room(first: planning.Plan, policies: Sequence[Policy]) -> None:
     """Whether the engines still to be opened fit into what is free now."""
     fixed = first.used - first.slots * first.slot_bytes
     room = (first.total - fixed) // first.slot_bytes
-    wanted = [min(first.experts, policy.slots or room) for policy in policies[1:]]
+    wanted = [min(first.experts, _slots(policy, first) or room) for policy in policies[1:]]
     needed = sum(fixed + slots * first.slot_bytes for slots in wanted)
     free = planning.free_memory()
     if needed > free:
@@ -134,6 +160,10 @@ def _check_room(first: planning.Plan, policies: Sequence[Policy]) -> None:
             f"{len(policies)} policies side by side need {planning.shown_size(needed)} more and "
             f"{planning.shown_size(free)} are free; try --memory {max(1, fair // planning.MIB)}MiB"
         )
+
+
+def _slots(policy: Policy, plan: planning.Plan) -> int | None:
+    return plan.slots if isinstance(policy.slots, str) else policy.slots
 
 
 # --------------------------------------------------------------------------------------- rounds

@@ -69,7 +69,9 @@ class Options:
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
-    slots: int | None = None  # instead of as many as fit; benchmarks compare equal caches
+    # Instead of as many as fit; benchmarks compare equal caches. "2k": two layers' worth of one
+    # token's experts, k being how many a token uses.
+    slots: int | str | None = None
     self_switch: bool = True  # speculation switches itself off while it loses
     route: str = "as-routed"  # who runs; everything else but as-routed is lossy
     resolver: str = "fetch"  # what is done about a miss
@@ -437,10 +439,19 @@ def _fit(
         context=context,
         expert_bytes=a.expert_bytes,
         predictors=_predictor(a, o).nbytes,
-        slots=o.slots,
+        slots=_slots(a, o),
         name=a.name,
         format_in_words=a.format_in_words(),
     )
+
+
+def _slots(a: Anatomy, o: Options) -> int | None:
+    if not isinstance(o.slots, str):
+        return o.slots
+    times, k = o.slots.removesuffix("k"), guest.experts_per_token(a.checkpoint.config)
+    if not o.slots.endswith("k") or not times.isdigit() or not k:
+        raise UnderstudyError(f"slots {o.slots!r}: a number, or like 2k where k is known")
+    return max(planning.MINIMUM_SLOTS, int(times) * k)
 
 
 def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
