@@ -12,7 +12,7 @@ larger of the two times, never their sum.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median, stdev
@@ -199,19 +199,27 @@ def alternate(
     report: Report = lambda done, total: None,
     between: Callable[[], None] = lambda: None,
     keep_logits: bool = False,
+    dictated: bool = False,
 ) -> dict[str, Timed]:
     """A B C A B C ...: in each round every engine continues the same prompt.
 
     The first prompt warms every cache and is not counted. ``between`` is called once per round
-    (it measures the disk while the machine is in the same mood).
+    (it measures the disk while the machine is in the same mood). ``dictated``: the last
+    ``new_tokens`` of a prompt are not read but answered with, so that policies that would say
+    something else decode the same text.
     """
     results = {name: Timed() for name in engines}
     total, done = len(rounds) * len(engines), 0
     for number, prompt in enumerate(rounds):
         for name, engine in engines.items():
+            read = len(prompt) - new_tokens if dictated else len(prompt)
             engine.start_recording()
             generation = engine.generate(
-                list(prompt), max_new_tokens=new_tokens, ignore_eos=True, keep_logits=keep_logits
+                list(prompt[:read]),
+                max_new_tokens=new_tokens,
+                ignore_eos=True,
+                keep_logits=keep_logits,
+                dictated=prompt[read:],
             )
             events = engine.stop_recording()
             if number > 0:
@@ -319,7 +327,7 @@ def row(name: str, timed: Timed, engine: Engine, rates: Rates, phase: Phase) -> 
     """What ``timed`` says about one phase."""
     parts = [_part(generation, phase) for generation in timed.generations]
     tokens = [count for count, _, _ in parts]
-    counters = _sum([counted for _, _, counted in parts])
+    counters = total(counted for _, _, counted in parts)
     everything = max(1, sum(tokens))
     needed = max(0, counters.bytes_read - counters.wasted_bytes)
     steps = everything if phase is Phase.DECODE else len(parts)
@@ -348,7 +356,8 @@ def _part(generation: Generation, phase: Phase) -> tuple[int, float, Counters]:
     return later, generation.tpot * later, generation.decode_counters
 
 
-def _sum(parts: Sequence[Counters]) -> Counters:
+def total(parts: Iterable[Counters]) -> Counters:
+    """Their sum."""
     total = Counters()
     for part in parts:
         total = total - (Counters() - part)

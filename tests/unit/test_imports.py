@@ -21,7 +21,7 @@ FLOORS: list[list[set[str]]] = [
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}],
     [{"engine", "loading", "evaluate", "packing", "learn"}],
-    [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],
+    [{"cli", "serve", "bench", "compare", "demo", "__init__", "__main__"}],
 ]
 
 # What a mind has no business with: files, threads, clocks, tensors.
