@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from understudy.cli import look, measure, pack, screen, talk
+from understudy.cli import evaluate, look, measure, pack, screen, talk
 from understudy.core import UnderstudyError
 
 DONE, CURABLE, INTERRUPTED = 0, 2, 130
@@ -68,6 +68,7 @@ for command in (
     look.families,
 ):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
