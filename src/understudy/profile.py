@@ -49,14 +49,18 @@ class Profile:
     name: str = "profile"
 
     @classmethod
-    def load(cls, path: str | Path, fingerprint: str) -> Profile:
-        """Raises `ProfileError` where the file is no profile, or one of another model."""
+    def load(cls, path: str | Path, fingerprint: str | None = None) -> Profile:
+        """Raises `ProfileError` where the file is no profile, or one of another model.
+        ``fingerprint`` ``None``: of whatever model, to look at."""
         path = Path(path)
         tensors, metadata = _read(path)
         if metadata.get("understudy_profile") != VERSION:
             raise ProfileError(f"{path}: not a profile; make one with `understudy profile`")
-        provenance = json.loads(metadata["provenance"])
-        if provenance.get("fingerprint") != fingerprint:
+        try:
+            provenance = json.loads(metadata["provenance"])
+        except (KeyError, ValueError) as e:
+            raise ProfileError(f"{path}: its provenance cannot be read; make it again") from e
+        if fingerprint is not None and provenance.get("fingerprint") != fingerprint:
             raise ProfileError(
                 f"{path}: made for another model ({provenance.get('model')}); make one for this "
                 "model with `understudy profile`"

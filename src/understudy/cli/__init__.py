@@ -1,9 +1,9 @@
-"""The command line: ``understudy run``, ``chat``, ``bench``, ``pack``, ``inspect``, ...
+"""The command line: ``understudy run``, ``chat``, ``bench``, ``pack``, ``profile``, ...
 
 Knows: the commands, and how each way of ending becomes an exit code: 0 done, 1 the answer is no,
 2 the user can cure it (one line says how), 130 interrupted.
-Does not know: what a command does. `talk`, `measure`, `look` and `pack` hold one group of commands
-each.
+Does not know: what a command does. `talk`, `measure`, `look`, `pack` and `profile` hold one group
+of commands each.
 
 Nothing heavy is imported before a command runs: ``--help`` and typing errors answer at once.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from understudy.cli import evaluate, look, measure, pack, screen, talk
+from understudy.cli import evaluate, look, measure, pack, profile, screen, talk
 from understudy.core import UnderstudyError
 
 DONE, CURABLE, INTERRUPTED = 0, 2, 130
@@ -64,6 +64,7 @@ for command in (
     measure.bench,
     look.inspect,
     pack.pack,
+    profile.profile,
     measure.doctor,
     look.families,
 ):

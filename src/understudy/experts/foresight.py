@@ -118,6 +118,8 @@ class Quasi(Foresight):
         weights = torch.tensor(list(event.weights), dtype=r.dtype)
         if len(ids) != len(r):
             raise NotForeseen("some rows are padding")
+        if self.vectors.shape[-1] != r.shape[-1]:
+            raise NotForeseen("its experts are narrower than the residual stream")
         # Nobody (-1) has the last expert's vector times a weight of 0.
         state = r + (weights.unsqueeze(-1) * self.vectors[layer, ids].to(r.dtype)).sum(1)
         if self.shared:

@@ -90,7 +90,16 @@ class Lookahead:
 
     def scores(self, forward: Forward | None, layer: int, rows: Any) -> list[list[float]] | None:
         """[T][E]: the probability of every expert by the layer's own router; ``None``: no router to
-        ask. Asks it again: families differ in what they hand to their experts."""
+        ask."""
+        chances = self.chances(forward, layer)
+        if chances is None:
+            return None
+        found: list[list[float]] = (chances if rows is None else chances[rows]).tolist()
+        return found
+
+    def chances(self, forward: Forward | None, layer: int) -> torch.Tensor | None:
+        """[T, E], padding too. Asks the router again: families differ in what they hand to their
+        experts."""
         if forward is None or layer not in forward.router_args or self.routers[layer] is None:
             return None
         router: Any = self.routers[layer]
@@ -98,9 +107,7 @@ class Lookahead:
         answer = router.forward(*args, **kwargs)
         tensors = [t for t in _tensors(answer) if t.is_floating_point()]
         widest = max(tensors, key=lambda t: t.shape[-1]).flatten(0, -2).float()
-        chances = widest if _are_chances(widest) else widest.softmax(-1)
-        found: list[list[float]] = (chances if rows is None else chances[rows]).tolist()
-        return found
+        return widest if _are_chances(widest) else widest.softmax(-1)
 
     def _call(self, later: int, args: Any, kwargs: Any, rows: torch.Tensor | None) -> Scored | None:
         router = self.routers[later]
