@@ -72,10 +72,17 @@ class Policy:
         """Whether nothing in it may change what is computed."""
         return is_exact(self.route, self.resolver)
 
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it cannot run on what the model alone says."""
+        foresight = PREDICTORS.get(parse(self.predictor)[0]).foresight
+        return parse(self.route)[0] == "buddy" or foresight not in ("router-input", "drift")
+
     def options(self) -> dict[str, Any]:
         """For `Engine`."""
-        names = "evictor", "predictor", "route", "resolver", "slots", "self_switch"
-        return {name: getattr(self, name) for name in names}
+        names = "evictor", "predictor", "route", "resolver", "self_switch"
+        told = {name: getattr(self, name) for name in names}
+        return told if self.slots is None else {**told, "slots": self.slots}
 
 
 _KINDS = {"evictor": EVICTORS, "predictor": PREDICTORS, "route": ROUTES, "resolver": RESOLVERS}

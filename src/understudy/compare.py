@@ -64,6 +64,7 @@ class Quality:
     substituted: float
     skipped: float
     lost_mass: float
+    identical: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,19 @@ class Entry:
     quality: Quality | None = None
     why: str = ""
 
+    @property
+    def broken(self) -> bool:
+        """It says that it is exact, and is not."""
+        return self.exact and self.quality is not None and not self.quality.identical
+
 
 Score = Callable[[Policy, Report], Quality]
 
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """What is compared. ``settings``: further options of the engine."""
+    """What is compared. ``settings``: further options of the engine. ``exam``: whatever quality
+    depends on besides."""
 
     model: str
     memory: str | int
@@ -90,10 +97,13 @@ class Contest:
     prompt_tokens: int = 128
     new_tokens: int = 33
     settings: tuple[tuple[str, Any], ...] = ()
+    exam: tuple[Any, ...] = ()
 
     def key(self, policy: Policy) -> str:
         """Changes with anything that a kept result depends on."""
-        told = repr((asdict(self), asdict(policy), ON_DEMAND))
+        files = [v for _, v in self.settings if isinstance(v, Path)]
+        states = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        told = repr((asdict(self), asdict(policy), ON_DEMAND, states))
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
@@ -250,11 +260,24 @@ def write_report(
     """``report.html`` (one file, the plot inside), ``report.png``, ``report.json``."""
     title = f"{Path(contest.model).name} in {contest.memory}"
     picture = draw(entries, title)
-    result = {"contest": asdict(contest), "about": list(about), "front": sorted(front(entries)),
-              "tpot_seconds": tpot(entries), "entries": [asdict(e) for e in entries]}  # fmt: skip
     _write_whole(folder / "report.png", picture)
-    _write_whole(folder / "report.json", json.dumps(result, indent=1))
+    kept = json.dumps(as_dict(entries, contest, about), indent=1, default=str)
+    _write_whole(folder / "report.json", kept + "\n")
     _write_whole(folder / "report.html", _page(entries, title, about, picture))
+
+
+def as_dict(entries: Sequence[Entry], contest: Contest, about: Sequence[str]) -> dict[str, Any]:
+    """All of it as plain values."""
+    told = asdict(contest)
+    told["settings"] = {name: None if v is None else str(v) for name, v in contest.settings}
+    told["model"] = Path(contest.model).name
+    return {
+        "contest": told,
+        "about": list(about),
+        "front": sorted(front(entries)),
+        "tpot_seconds": tpot(entries),
+        "entries": [asdict(e) for e in entries],
+    }
 
 
 def _page(entries: Sequence[Entry], title: str, about: Sequence[str], picture: bytes) -> str:

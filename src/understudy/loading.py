@@ -69,8 +69,8 @@ class Options:
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
-    # Instead of as many as fit; benchmarks compare equal caches. "2k": two layers' worth of one
-    # token's experts, k being how many a token uses.
+    # Instead of as many as fit; benchmarks compare equal caches. "50%" of all experts; "2k": two
+    # layers' worth of one token's experts, k being how many a token uses.
     slots: int | str | None = None
     self_switch: bool = True  # speculation switches itself off while it loses
     route: str = "as-routed"  # who runs; everything else but as-routed is lossy
@@ -448,10 +448,18 @@ def _fit(
 def _slots(a: Anatomy, o: Options) -> int | None:
     if not isinstance(o.slots, str):
         return o.slots
-    times, k = o.slots.removesuffix("k"), guest.experts_per_token(a.checkpoint.config)
-    if not o.slots.endswith("k") or not times.isdigit() or not k:
-        raise UnderstudyError(f"slots {o.slots!r}: a number, or like 2k where k is known")
-    return max(planning.MINIMUM_SLOTS, int(times) * k)
+    k = guest.experts_per_token(a.checkpoint.config)
+    times = {"%": len(a.layouts) / 100, "k": k}.get(o.slots[-1:], 1)
+    try:
+        slots = int(float(o.slots.rstrip("%k")) * times)
+    except ValueError:
+        slots = 0
+    if slots < 1:
+        raise UnderstudyError(
+            f"--slots {o.slots!r} means nothing here; use a number, 50% of all experts, or 2k for "
+            f"{2 * k}"
+        )
+    return max(planning.MINIMUM_SLOTS, slots)
 
 
 def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:

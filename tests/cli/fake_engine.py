@@ -110,6 +110,7 @@ class Engine:
         on_text: Callable[[str], None] | None = None,
         ignore_eos: bool = False,
         keep_logits: bool = False,
+        dictated: Sequence[int] = (),
     ) -> Generation:
         ids = self.encode(prompt)
         if len(ids) + max_new_tokens > self.plan.context:

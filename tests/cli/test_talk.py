@@ -48,7 +48,7 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         *("--evictor", "lfu", "--io-threads", "8", "--no-direct-io", "--dtype", "float32"),
         *("--max-context", "200", "--prefill-chunk-size", "64", "--threads", "1"),
         *("--kernel", "native:4", "--frame", "eager"),
-        *("--route", "buddy:rho=2", "--profile", "p.safetensors"),
+        *("--route", "buddy:rho=2", "--profile", "p.safetensors", "--slots", "50%"),
     )
     settings = engine.Engine.made[0]
     del settings["on_status"]
@@ -67,6 +67,7 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         "direct_io": False,
         "route": "buddy:rho=2",
         "resolver": "fetch",
+        "slots": "50%",
         "profile": Path("p.safetensors"),
     }
 

@@ -90,6 +90,14 @@ class EngineOptions:
             metavar="NAME",
         ),
     ] = "auto"
+    slots: Annotated[
+        str | None,
+        option(
+            "--slots",
+            help="Experts held, at most: a number, 50% of all, or 2k for two layers' worth.",
+            metavar="N",
+        ),
+    ] = None
     route: Annotated[
         str,
         option(
