@@ -90,7 +90,9 @@ def evaluate(
                     verdicts.append(opened.judge(policy, bar(policy.name)))
             if controls and not all(policy.exact for policy in chosen):
                 verdicts += fewer_bits(opened, model, bar)
-    result = {"exam": asdict(exam), "verdicts": [asdict(v) for v in verdicts]}
+    told = asdict(exam)
+    told["settings"] = {name: None if v is None else str(v) for name, v in exam.settings}
+    result = {"exam": told, "verdicts": [asdict(v) for v in verdicts]}
     if output is not None:
         write_whole(output, json_text.dumps(result, indent=1) + "\n")
     screen.show(table(model, verdicts), json_too=json)
