@@ -118,7 +118,10 @@ def run(
         entry = load_entry(kept)
         if entry is None:
             entry = measure(contest, policy, score, bar)
-            _write_whole(kept, json.dumps(asdict(entry)))
+            if entry.why and policy.name == ON_DEMAND.name:
+                raise UnderstudyError(entry.why)  # then nothing can be compared
+            if not entry.why:
+                _write_whole(kept, json.dumps(asdict(entry)))
         entries.append(entry)
     return entries
 

@@ -29,7 +29,7 @@ FLOORS: list[list[set[str]]] = [
         {"texts"},
     ],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
-    [{"simulate"}, {"plan"}],
+    [{"simulate"}, {"plan"}, {"summary"}],
     [{"engine", "loading", "evaluate", "packing", "learn"}],
     [{"cli", "serve", "bench", "compare", "demo", "quality", "__init__", "__main__"}],
 ]

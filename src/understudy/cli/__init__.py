@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from understudy.cli import compare, evaluate, look, measure, pack, profile, screen, talk
+from understudy.cli import compare, evaluate, look, measure, pack, profile, screen, talk, trace
 from understudy.core import UnderstudyError
 
 DONE, CURABLE, INTERRUPTED = 0, 2, 130
@@ -71,6 +71,7 @@ for command in (
     app.command()(command)
 app.command("eval")(evaluate.evaluate)
 app.command()(compare.compare)
+app.command()(trace.trace)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

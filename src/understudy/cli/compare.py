@@ -36,6 +36,9 @@ def compare(
         int, option("--rounds", help="Timed rounds per policy.", metavar="N", min=1)
     ] = 5,
     sets: Annotated[int, option("--sets", help="Prompt sets, 5 or more.", metavar="N")] = 5,
+    prompt: Annotated[
+        int, option("--prompt-tokens", "-p", help="Read before decoding.", metavar="N", min=1)
+    ] = 128,
     tokens: Annotated[
         int, option("--tokens", help="Scored per piece of text.", metavar="N", min=2)
     ] = 64,
@@ -60,12 +63,12 @@ def compare(
     folder = output or Path(f"compare-{Path(model).name}-{options.memory.replace('%', 'pc')}")
     settings = tuple(settings_of(options).items())
     contest = arena.Contest(
-        model, options.memory, rounds, new_tokens=new_tokens, settings=settings,
+        model, options.memory, rounds, prompt, new_tokens, settings,
         exam=(tuple(map(str, data or ())), sets, tokens),
     )  # fmt: skip
     exam = Exam(
         model=model, memory=options.memory, data=tuple(map(str, data or ())), sets=sets,
-        scored=tokens, settings=settings,
+        prompt=prompt, scored=tokens, settings=settings,
     )  # fmt: skip
     with ExitStack() as stack:
         bar = stack.enter_context(screen.progress())
