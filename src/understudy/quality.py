@@ -34,7 +34,7 @@ from understudy import plan as planning
 from understudy.bench import ON_DEMAND, Policy, total
 from understudy.checkpoint import Checkpoint
 from understudy.core import Counters, NotEnoughDisk, UnderstudyError
-from understudy.engine import Engine, tokenizer_in
+from understudy.engine import Engine, inspect, tokenizer_in
 from understudy.evaluate import compared
 from understudy.intervals import Figure, Numbers
 from understudy.native import cache_folder
@@ -448,6 +448,7 @@ class Session:
         self.exam, self._exact = exam, exact
         self.problems = questions(exam.problems, exam.seed)
         with exam.open(ON_DEMAND) as engine:
+            self._held_bytes = engine.plan.slots * engine.plan.slot_bytes
             self.baseline = score(engine, exact, self.problems, report, first=True)
 
     @property
@@ -456,6 +457,9 @@ class Session:
 
     def judge(self, policy: Policy, report: Report, model: str | None = None) -> Verdict:
         """``model``: another checkpoint of the same model (fewer bits) in its place."""
+        if model is not None and dict(self.exam.settings).get("slots") is not None:
+            # Slots were told, not memory: as many of the smaller ones as the same bytes hold.
+            policy = replace(policy, slots=self._held_bytes // inspect(model).slot_bytes)
         with self.exam.open(policy, model) as engine:
             own = score(engine, self._exact, self.problems, report, first=False)
         return compare(policy, self.problems, self.baseline, own, format=model is not None)

@@ -106,11 +106,11 @@ def evaluate(
 
 
 def settings_of(options: EngineOptions) -> dict[str, Any]:
-    """Options of the engine that are the same for every policy, as JSON can tell them."""
+    """Options of the engine that are the same for every policy."""
     told = options.as_arguments()
     for name in ("memory", "evictor", "predictor", "route", "resolver"):
         del told[name]
-    return {key: str(v) if isinstance(v, Path) else v for key, v in told.items()}
+    return told
 
 
 # ------------------------------------------------------------------------------------ what is run
@@ -167,8 +167,9 @@ def as_result(exam: Exam, verdicts: Sequence[Verdict], failed: dict[str, str]) -
     again."""
     from understudy.intervals import BLOCK
 
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in exam.settings}
     return {
-        "exam": {**asdict(exam), "settings": dict(exam.settings), "block": BLOCK},
+        "exam": {**asdict(exam), "settings": settings, "block": BLOCK},
         "verdicts": [
             {
                 **asdict(v),
