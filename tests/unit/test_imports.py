@@ -27,11 +27,15 @@ FLOORS: list[list[set[str]]] = [
         {"native"},
         {"tasks"},
         {"texts"},
+        {"intervals"},
     ],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}, {"summary"}],
     [{"engine", "loading", "evaluate", "packing", "learn"}],
-    [{"cli", "serve", "bench", "compare", "demo", "quality", "__init__", "__main__"}],
+    [
+        {"cli", "serve", "bench", "compare", "demo", "quality", "__init__", "__main__"},
+        {"lm_harness"},
+    ],
 ]
 
 # What a mind has no business with: files, threads, clocks, tensors.

@@ -1,13 +1,14 @@
 """The command that judges answers: ``eval``.
 
-Knows: how verdicts become a table. Does not know: how they are reached (`quality`).
+Knows: how verdicts become a table, JSON, remarks and an exit code. Does not know: how they are
+reached (`quality`).
 """
 
 from __future__ import annotations
 
 import json as json_text
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,9 +22,9 @@ from understudy.core import UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.bench import Policy
-    from understudy.quality import Session, Verdict
+    from understudy.quality import Bar, Exam, Session, Verdict
 
-NOT_EXACT = 1  # exit code: everything ran, and a policy that says it is exact was not
+NOT_EXACT, NOT_ALL = 1, 2  # exit codes: a policy lied about being exact; a policy could not run
 
 Data = Annotated[
     list[Path] | None,
@@ -52,8 +53,8 @@ def evaluate(
         int, option("--tokens", help="Scored per piece of text.", metavar="N", min=2)
     ] = 128,
     problems: Annotated[
-        int, option("--problems", help="With one right answer; greedy.", metavar="N", min=0)
-    ] = 0,
+        int, option("--problems", help="Of each of 7 kinds; greedy answers.", metavar="N", min=0)
+    ] = 20,
     controls: Annotated[
         bool, option("--controls/--no-controls", help="Random, drop and fewer bits beside.")
     ] = True,
@@ -70,6 +71,8 @@ def evaluate(
     from understudy.bench import Policy
 
     chosen = [Policy.parse(name) for name in dict.fromkeys(policies.split(","))]
+    if output is not None:
+        require_writable(output)
     exam = quality.Exam(
         model=model,
         memory=options.memory,
@@ -81,26 +84,25 @@ def evaluate(
         seed=seed,
         settings=tuple(settings_of(options).items()),
     )
-    with screen.progress() as bar:
-        session.quiet_guests()
-        with quality.session(exam, bar("the exact run")) as opened:
-            verdicts = [opened.baseline_verdict()]
-            for policy in [*chosen, *matched(chosen, controls)]:
-                if policy.name != verdicts[0].policy:
-                    verdicts.append(opened.judge(policy, bar(policy.name)))
-            if controls and not all(policy.exact for policy in chosen):
-                verdicts += fewer_bits(opened, model, bar)
-    told = asdict(exam)
-    told["settings"] = {name: None if v is None else str(v) for name, v in exam.settings}
-    result = {"exam": told, "verdicts": [asdict(v) for v in verdicts]}
+    session.quiet_guests()
+    with screen.progress() as bar, quality.session(exam, bar("the exact run")) as opened:
+        verdicts, failed = judge_all(opened, chosen, controls, bar)
+        result = as_result(opened.exam, verdicts, failed)
     if output is not None:
         write_whole(output, json_text.dumps(result, indent=1) + "\n")
     screen.show(table(model, verdicts), json_too=json)
-    for line in remarks(verdicts):
+    if problems:
+        screen.show(solved_table(verdicts), json_too=json)
+    for line in remarks(verdicts, result["controls"]):
         screen.say(line)
+    screen.say(f"seeds: problems and drawn experts {seed}, intervals 0")
+    for name, why in failed.items():
+        screen.complain(f"{name} could not be judged: {why}")
     if json:
         screen.write_json(result)
-    return NOT_EXACT if any(v.broken for v in verdicts) else 0
+    if any(v.broken for v in verdicts):
+        return NOT_EXACT
+    return NOT_ALL if failed else 0
 
 
 def settings_of(options: EngineOptions) -> dict[str, Any]:
@@ -111,56 +113,119 @@ def settings_of(options: EngineOptions) -> dict[str, Any]:
     return told
 
 
-def matched(chosen: Sequence[Policy], wanted: bool) -> list[Policy]:
-    """Controls at a matched count, once each."""
-    from understudy.quality import controls
-
-    named = {policy.route for policy in chosen}
-    made = {c.route: c for policy in chosen for c in controls(policy)} if wanted else {}
-    return [control for route, control in made.items() if route not in named]
+# ------------------------------------------------------------------------------------ what is run
 
 
-def fewer_bits(opened: Session, model: str, bar: Any) -> list[Verdict]:
-    """The control at matched bytes: every expert in int8, and in int4, on demand."""
+def judge_all(
+    opened: Session, chosen: Sequence[Policy], with_controls: bool, bar: Bar
+) -> tuple[list[Verdict], dict[str, str]]:
+    """The exact run, every policy and its controls; and name -> reason of those that cannot run.
+    Hours of work are not thrown away because one of many lacks something."""
+    verdicts, failed = [opened.baseline_verdict()], {}
+    for policy, format in everyone(chosen, with_controls):
+        if policy.name == verdicts[0].policy:
+            continue
+        try:
+            verdicts.append(judge(opened, policy, format, bar))
+        except UnderstudyError as error:
+            failed[policy.name] = str(error)
+    return verdicts, failed
+
+
+def judge(opened: Session, policy: Policy, format: str | None, bar: Bar) -> Verdict:
+    from understudy.quality import packed
+
+    other = None if format is None else str(packed(opened.exam.model, format, bar))
+    return opened.judge(policy, bar(policy.name), other)
+
+
+def everyone(chosen: Sequence[Policy], with_controls: bool) -> Iterator[tuple[Policy, str | None]]:
+    """(policy, weight format where it is another): the policies, each with its controls at a
+    matched count after it; if one is lossy, every expert in fewer bits at the same memory."""
     from dataclasses import replace
 
     from understudy.bench import ON_DEMAND
-    from understudy.quality import packed
+    from understudy.quality import controls
 
-    found = []
-    for format in ("int8", "int4"):
-        try:
-            folder = packed(model, format, bar)
-        except UnderstudyError as error:
-            screen.say(f"note: no control in {format}: {error}")
+    seen = {policy.route for policy in chosen}
+    for policy in chosen:
+        yield policy, None
+        for control in controls(policy) if with_controls else ():
+            if control.route not in seen:
+                seen.add(control.route)
+                yield control, None
+    if with_controls and not all(policy.exact for policy in chosen):
+        for format in ("int8", "int4"):
+            yield replace(ON_DEMAND, name=f"all {format}"), format
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def as_result(exam: Exam, verdicts: Sequence[Verdict], failed: dict[str, str]) -> dict[str, Any]:
+    """All of it, for JSON: sums per block and answers per problem allow intervals to be drawn
+    again."""
+    from understudy.intervals import BLOCK
+
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in exam.settings}
+    return {
+        "exam": {**asdict(exam), "settings": settings, "block": BLOCK},
+        "verdicts": [
+            {
+                **asdict(v),
+                "never_acted": v.never_acted,
+                "uncounted": v.uncounted,
+                "broken": v.broken,
+            }
+            for v in verdicts
+        ],
+        "controls": matched(verdicts),
+        "failed": failed,
+    }
+
+
+def matched(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """How near each control is to what it controls for: expert slots changed per token, or bytes
+    read per token, of both."""
+    found: list[dict[str, Any]] = []
+    for v in verdicts:
+        if v.exact or v.format or v.policy.endswith("]"):
             continue
-        policy = replace(ON_DEMAND, name=f"all {format}")
-        found.append(opened.judge(policy, bar(policy.name), str(folder)))
+        for other in verdicts:
+            if other.policy.startswith(f"{v.policy} ["):
+                pair = {"by": "changed", "own": v.changed, "control": other.changed}
+            elif other.format:
+                pair = {"by": "bytes", "own": v.bytes, "control": other.bytes}
+            else:
+                continue
+            found.append({"policy": v.policy, "against": other.policy, **pair})
     return found
 
 
 def table(model: str, verdicts: Sequence[Verdict]) -> Table:
     grid = screen.grid(
-        "policy", "NLL lost", "95 %", "KL", "same top-1", "solved", "changed", "skipped", "mass",
+        "policy", "NLL lost", "95 %", "KL", "same top-1", "subst.", "skipped", "mass",
         "read", "hits", "stall ms", "ms",
         title=f"{Path(model).name}: against the exact run, per decoded token",
     )  # fmt: skip
     for v in verdicts:
         grid.add_row(*row(v))
+    for domain in verdicts[0].nll_by_domain if len(verdicts[0].nll_by_domain) > 1 else ():
+        grid.add_section()
+        for v in verdicts:
+            if not v.exact:
+                grid.add_row(f"{v.policy}, {domain}", *lost(v.nll_by_domain[domain]))
     return grid
 
 
 def row(v: Verdict) -> list[str]:
     from understudy.plan import shown_size
 
-    lost = v.delta_nll
     return [
         v.policy,
-        f"{lost.mean:+.4f}",
-        f"{lost.low:+.4f}..{lost.high:+.4f}",
+        *lost(v.delta_nll),
         f"{v.kl.mean:.4f}",
         f"{100 * v.same_top1.mean:.1f} %",
-        "-" if v.solved is None else f"{100 * v.solved:.0f} %",
         f"{v.substituted:.2f}",
         f"{v.skipped:.2f}",
         f"{v.substituted_mass + v.skipped_mass:.3f}",
@@ -171,13 +236,51 @@ def row(v: Verdict) -> list[str]:
     ]
 
 
-def remarks(verdicts: Sequence[Verdict]) -> list[str]:
+def lost(figure: Any) -> list[str]:
+    return [f"{figure.mean:+.4f}", f"{figure.low:+.4f}..{figure.high:+.4f}"]
+
+
+def solved_table(verdicts: Sequence[Verdict]) -> Table:
+    """Share of right answers; the last column is the difference to the exact run, paired."""
+    kinds = list(verdicts[0].solved)
+    grid = screen.grid(
+        "solved", *kinds, "difference", "95 %",
+        title=f"exact match on {verdicts[0].solved['all'].problems} held-out problems, in %",
+    )  # fmt: skip
+    for v in verdicts:
+        delta = v.solved["all"].delta
+        shares = [f"{100 * v.solved[kind].right:.0f}" for kind in kinds]
+        bounds = f"{100 * delta.low:+.1f}..{100 * delta.high:+.1f}"
+        grid.add_row(v.policy, *shares, f"{100 * delta.mean:+.1f}", bounds)
+    return grid
+
+
+def remarks(verdicts: Sequence[Verdict], controls: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What a reader must not overlook."""
-    found = [f"NOT exact, though it says so: {v.policy}; please report this"
-             for v in verdicts if v.broken]  # fmt: skip
-    found += [f"{v.policy} never acted: nothing was missing that it may change"
-              for v in verdicts if v.never_acted]  # fmt: skip
-    return found
+    from understudy.plan import shown_size
+
+    for v in verdicts:
+        if v.broken:
+            yield f"NOT exact, though it says so: {v.policy}; please report this"
+        if v.never_acted:
+            yield f"{v.policy} never acted: nothing was missing that it may change"
+        if v.uncounted:
+            yield f"{v.policy} changed weights only: no expert was substituted or skipped"
+    for c in controls:
+        own, control = c["own"], c["control"]
+        near = f"{control / own:.2f} times" if own else "no ratio"
+        if c["by"] == "changed":
+            yield (f"matched count: {c['policy']} changed {own:.2f} experts per token, "
+                   f"{c['against']} {control:.2f} ({near})")  # fmt: skip
+        else:
+            yield (f"same memory: {c['policy']} read {shown_size(round(own))} per token, "
+                   f"{c['against']} {shown_size(round(control))} ({near})")  # fmt: skip
+
+
+def require_writable(path: Path) -> None:
+    """Said before hours of work, not after them."""
+    if not path.parent.is_dir():
+        raise UnderstudyError(f"{path.parent} is no folder: create it, or name another -o")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -187,4 +290,5 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as e:
+        part.unlink(missing_ok=True)
         raise UnderstudyError(f"cannot write {path}: {e.strerror}") from e
