@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,18 +39,23 @@ class Figure:
 
 def over_sets(sets: Sequence[Sequence[Numbers]], seed: int = 0) -> Figure:
     """``sets``: for each prompt set its texts, for each text one number per token."""
+    return over_blocks([[_blocks(text) for text in texts] for texts in sets], seed)
+
+
+def over_blocks(sets: Sequence[Sequence[tuple[Numbers, Numbers]]], seed: int = 0) -> Figure:
+    """The same of (sum, length) of each block of each text."""
     rng = np.random.default_rng(seed)
     chosen = rng.integers(0, len(sets), (DRAWS, len(sets)))
-    sums, sizes = np.zeros(DRAWS), np.zeros(DRAWS)
+    sums, counts = np.zeros(DRAWS), np.zeros(DRAWS)
     for number, texts in enumerate(sets):
         draws = np.nonzero(chosen == number)[0]  # which draws have this set, once per time
-        for text in texts:
-            sum_of, size_of = _blocks(text)
+        for sum_of, size_of in texts:
             blocks = rng.integers(0, len(sum_of), (len(draws), len(sum_of)))
             np.add.at(sums, draws, sum_of[blocks].sum(1))
-            np.add.at(sizes, draws, size_of[blocks].sum(1))
-    everything = np.concatenate([text for texts in sets for text in texts])
-    return _figure(float(everything.mean()), sums / sizes)
+            np.add.at(counts, draws, size_of[blocks].sum(1))
+    texts_of_all = [text for texts in sets for text in texts]
+    mean = sum(s.sum() for s, _ in texts_of_all) / sum(n.sum() for _, n in texts_of_all)
+    return _figure(float(mean), sums / counts)
 
 
 def over_problems(kinds: Sequence[Numbers], seed: int = 0) -> Figure:
@@ -70,11 +74,15 @@ def block_sums(values: Numbers) -> list[float]:
     return [float(x) for x in _blocks(values)[0]]
 
 
+def sizes(tokens: int) -> Numbers:
+    """Lengths of the blocks of so many tokens."""
+    starts = np.arange(0, tokens, BLOCK)
+    return np.diff([*starts, tokens]).astype(np.float64)
+
+
 def _blocks(values: Numbers) -> tuple[Numbers, Numbers]:
     """Sum and length of each block; the last one may be shorter."""
-    starts = np.arange(0, len(values), BLOCK)
-    sizes: Any = np.diff([*starts, len(values)])
-    return np.add.reduceat(values, starts), sizes.astype(np.float64)
+    return np.add.reduceat(values, np.arange(0, len(values), BLOCK)), sizes(len(values))
 
 
 def _figure(mean: float, resampled: Numbers) -> Figure:

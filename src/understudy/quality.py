@@ -346,6 +346,15 @@ def compare(
     )
 
 
+def paired(one: Verdict, other: Verdict) -> Figure:
+    """NLL lost under ``one`` less that under ``other``, on the same tokens."""
+    sets: dict[int, list[tuple[Numbers, Numbers]]] = {}
+    for mine, theirs in zip(one.pieces, other.pieces, strict=True):
+        sums = np.array(mine.delta_nll) - np.array(theirs.delta_nll)
+        sets.setdefault(mine.set, []).append((sums, intervals.sizes(mine.tokens)))
+    return intervals.over_blocks(list(sets.values()))
+
+
 def _costs(own: Scores) -> dict[str, float]:
     """Counters and times, per decoded token."""
     c, n = total(one.counters for one in own.texts), own.tokens

@@ -186,7 +186,9 @@ def as_result(exam: Exam, verdicts: Sequence[Verdict], failed: dict[str, str]) -
 
 def matched(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """How near each control is to what it controls for: expert slots changed per token, or bytes
-    read per token, of both."""
+    read per token, of both; and the NLL lost beyond the control's, paired."""
+    from understudy.quality import paired
+
     found: list[dict[str, Any]] = []
     for v in verdicts:
         if v.exact or v.format or v.policy.endswith("]"):
@@ -198,7 +200,8 @@ def matched(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
                 pair = {"by": "bytes", "own": v.bytes, "control": other.bytes}
             else:
                 continue
-            found.append({"policy": v.policy, "against": other.policy, **pair})
+            beyond = asdict(paired(v, other))
+            found.append({"policy": v.policy, "against": other.policy, **pair, "beyond": beyond})
     return found
 
 
@@ -269,12 +272,15 @@ def remarks(verdicts: Sequence[Verdict], controls: Sequence[dict[str, Any]]) -> 
     for c in controls:
         own, control = c["own"], c["control"]
         near = f"{control / own:.2f} times" if own else "no ratio"
+        low, high = c["beyond"]["low"], c["beyond"]["high"]
+        beyond = f"NLL lost beyond it {c['beyond']['mean']:+.4f} ({low:+.4f}..{high:+.4f})"
         if c["by"] == "changed":
             yield (f"matched count: {c['policy']} changed {own:.2f} experts per token, "
-                   f"{c['against']} {control:.2f} ({near})")  # fmt: skip
+                   f"{c['against']} {control:.2f} ({near}); {beyond}")  # fmt: skip
         else:
             yield (f"same memory: {c['policy']} read {shown_size(round(own))} per token, "
-                   f"{c['against']} {shown_size(round(control))} ({near})")  # fmt: skip
+                   f"{c['against']} {shown_size(round(control))} ({near}); "
+                   f"{beyond}")  # fmt: skip
 
 
 def require_writable(path: Path) -> None:
