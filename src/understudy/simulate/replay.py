@@ -1,7 +1,7 @@
-"""Replays a recorded trace through the engine's own director, with loads that take no time.
+"""Counts what an evictor does on a trace: loads take no time, nobody speculates.
 
-Knows: events, the director, the residency book. Does not know: files, tensors, models, the clock.
-So far it answers one question: what would this evictor have missed with this many slots?
+Knows: events, the director, the residency book. Does not know: files, tensors, models, any clock.
+It answers one question: what would this evictor have missed with this many slots?
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from understudy.policies.predict import NoPrediction, SelfSwitch
 from understudy.policies.residency import Residency
 from understudy.policies.resolve import Fetch
 from understudy.policies.route import AsRouted
-from understudy.registry import EVICTORS
+from understudy.registry import EVICTORS, ORACLES
 
 
 def replay(
@@ -34,7 +34,7 @@ def replay(
     book = Residency(slots)
     director = Director(
         book,
-        evictor=_evictor(evictor, events, slots, layers),
+        evictor=evictor_named(evictor, events, slots, layers),
         predictor=NoPrediction(layers=layers, experts=()),
         resolver=Fetch(),
         route=AsRouted(),
@@ -50,10 +50,10 @@ def replay(
     return director.counters - before
 
 
-def _evictor(name: str, events: Sequence[LayerEvent], slots: int, layers: int) -> Evictor:
-    make = EVICTORS.get(name)
-    future = {"future": events} if name == "belady" else {}
-    found: Evictor = make(slots=slots, layers=layers, **future)
+def evictor_named(name: str, events: Sequence[LayerEvent], slots: int, layers: int) -> Evictor:
+    """The evictor; an oracle is shown ``events``."""
+    future = {"future": events} if name in ORACLES else {}
+    found: Evictor = EVICTORS.get(name)(slots=slots, layers=layers, **future)
     return found
 
 
@@ -61,7 +61,5 @@ def _carry_out(director: Director, event: LayerEvent) -> None:
     """The runtime's order of things: a load starts when its victim has been computed."""
     plan = director.decide(event)
     for load in plan.loads:
-        director.commit(load)
-        director.book.launch(load.expert)
-        director.book.land(load.expert)
+        director.bring(load)
     director.foresee(plan.event)
