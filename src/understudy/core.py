@@ -313,6 +313,27 @@ class Counters:
         needed = self.prefetch_used + self.misses
         return self.prefetch_used / needed if needed else 0.0
 
+    def count_changes(self, asked: LayerEvent, runs: LayerEvent) -> None:
+        """What a route transform changed: pairs whose expert does not run for that token. A row
+        that leaves experts out changes nobody else."""
+        for old, weights, new in zip(asked.ids, asked.weights, runs.ids, strict=True):
+            gone = [w for e, w in zip(old, weights, strict=True) if e not in new]
+            left_out = list(new).count(NOBODY)
+            if left_out:
+                self.skipped += left_out
+                self.skipped_mass += sum(gone)
+            else:
+                self.substituted += len(gone)
+                self.substituted_mass += sum(gone)
+
+    def count_left_out(self, event: LayerEvent, experts: Sequence[ExpertId]) -> None:
+        """What a resolver left out: every pair of these experts."""
+        names = {e.expert for e in experts}
+        for ids, weights in zip(event.ids, event.weights, strict=True):
+            gone = [w for e, w in zip(ids, weights, strict=True) if e in names]
+            self.skipped += len(gone)
+            self.skipped_mass += sum(gone)
+
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))
 

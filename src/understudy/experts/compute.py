@@ -291,13 +291,10 @@ class Batch:
         )
         fused(records, len(experts), self.x, self.out, self.token, self.order)
 
-    def skip(self, expert: int) -> torch.Tensor:
-        """Leave ``expert`` out: it contributes nothing. Returns the flat (token, rank) pairs that
-        wanted it."""
+    def skip(self, expert: int) -> None:
+        """Leave ``expert`` out: it contributes nothing."""
         start, n = self._spans[expert]
-        places = self.order[start : start + n]
-        self.out[places] = 0
-        return places
+        self.out[self.order[start : start + n]] = 0
 
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""

@@ -245,28 +245,15 @@ class Runtime:
         weights = call.weights
         if plan.event is not event:
             weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
-            self._count_changes(event, plan.event)
+            self._clock.count_changes(event, plan.event)
         batch = Batch(call.x, plan.event.ids, weights)
         if NOBODY in batch:
             batch.skip(NOBODY)
+        if plan.skipped:
+            self._clock.count_left_out(plan.event, plan.skipped)
         for expert in plan.skipped:
-            left_out = batch.skip(expert.expert)
-            self._clock.skipped += len(left_out)
-            self._clock.skipped_mass += float(call.weights.reshape(-1)[left_out].sum())
+            batch.skip(expert.expert)
         return batch
-
-    def _count_changes(self, asked: LayerEvent, runs: LayerEvent) -> None:
-        """What a route transform changed: pairs whose expert does not run for that token."""
-        clock = self._clock
-        for old, weights, new in zip(asked.ids, asked.weights, runs.ids, strict=True):
-            gone = [w for e, w in zip(old, weights, strict=True) if e not in new]
-            left_out = list(new).count(NOBODY)
-            if left_out:  # nobody else changes in a row that leaves experts out
-                clock.skipped += left_out
-                clock.skipped_mass += sum(gone)
-            else:
-                clock.substituted += len(gone)
-                clock.substituted_mass += sum(gone)
 
     # ------------------------------------------------------------------------------------ the end
 
