@@ -191,7 +191,8 @@ class Runtime:
             with self._lock:
                 errand.release()
                 book = self.director.book
-                self._settled = self.director.ample and not book.free and all(map(book.ready, book))
+                held = self.director.ample and not book.free and all(map(book.ready, book))
+                self._settled = held and not self.director.route.wants_foretold
             self._clock.stall_seconds += errand.stall_seconds
 
     def _sum(self, batch: Batch, call: _Call, event: LayerEvent) -> torch.Tensor:
