@@ -2,8 +2,8 @@
 
 Knows: the commands, and how each way of ending becomes an exit code: 0 done, 1 the answer is no,
 2 the user can cure it (one line says how), 130 interrupted.
-Does not know: what a command does. `talk`, `measure`, `look` and `pack` hold one group of commands
-each.
+Does not know: what a command does. `talk`, `measure`, `look`, `pack` and `simulate` hold one
+group of commands each.
 
 Nothing heavy is imported before a command runs: ``--help`` and typing errors answer at once.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from understudy.cli import look, measure, pack, screen, talk
+from understudy.cli import look, measure, pack, screen, simulate, talk
 from understudy.core import UnderstudyError
 
 DONE, CURABLE, INTERRUPTED = 0, 2, 130
@@ -64,6 +64,7 @@ for command in (
     measure.bench,
     look.inspect,
     pack.pack,
+    simulate.simulate,
     measure.doctor,
     look.families,
 ):

@@ -249,7 +249,7 @@ class Lrfu(Evictor):
             _reaching(fading.uses, e, 0.0)
         _reaching(self._last[layer], e, 0)
         self._sort()
-        insort(self._ranked[layer], *self._rank(layer, [e]))
+        insort(self._ranked[layer], self._rank(layer, [e])[0])
 
     def remove(self, expert: ExpertId) -> None:
         ranked = self._ranked[expert.layer]
