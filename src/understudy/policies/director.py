@@ -22,6 +22,18 @@ from understudy.policies.residency import Residency, Slot, State
 LEAST = 0.5  # a guess that is wrong more often than right takes the link from one that is right
 
 
+class _Names(dict[int, ExpertId]):
+    """Expert -> its id, for one layer."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def __missing__(self, expert: int) -> ExpertId:
+        found = self[expert] = ExpertId(self._layer, expert)
+        return found
+
+
 class Director:
     """See the head of this file. ``counters`` are filled as plans are made and carried out."""
 
@@ -44,13 +56,14 @@ class Director:
         self.nbytes, self.ample = nbytes, ample
         self.counters = Counters()
         self._wanted: set[ExpertId] = set()  # predicted, and their layer has not come yet
+        self._names: dict[int, _Names] = {}
 
     # ---------------------------------------------------------------------------------- one event
 
     def decide(self, event: LayerEvent) -> LayerPlan:
         """Look up all experts of ``event`` at once, then plan loads and order."""
         event = self.route.transform(event, self.book)
-        needed = [ExpertId(event.layer, e) for e in event.needed()]
+        needed = self._named(event)
         hits, late, missing = self._look_up(needed)
         self._count(hits, late, missing)
         if not self.ample:
@@ -77,6 +90,8 @@ class Director:
         self.predictor.observe(event)
         guesses = self.predictor.predict(event) if self.switch.on else []
         self._wanted = {g.expert for g in guesses}
+        if not guesses:
+            return ()
         self.predictor.resident([g for g in guesses if g.expert in self.book])
         missing = [g for g in guesses if g.probability >= LEAST and g.expert not in self.book]
         useful = [g for g in missing if self.resolver.would_fetch(g.expert)]
@@ -86,6 +101,13 @@ class Director:
     def wanted(self, expert: ExpertId) -> bool:
         """Whether ``expert`` is predicted and its layer has not come yet."""
         return expert in self._wanted
+
+    def _named(self, event: LayerEvent) -> list[ExpertId]:
+        """The experts of ``event``. Each has one name for good: making names anew was slow."""
+        names = self._names.get(event.layer)
+        if names is None:
+            names = self._names[event.layer] = _Names(event.layer)
+        return [names[e] for e in event.needed()]
 
     def _look_up(
         self, needed: Sequence[ExpertId]

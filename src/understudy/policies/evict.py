@@ -8,9 +8,11 @@ flight (the director skips those), nor anything about bytes.
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from understudy.core import ExpertId, LayerEvent
 from understudy.policies import Evictor
@@ -91,8 +93,84 @@ class Lru(LruLayer):
         return super().victims(layer, need) if self.cycling else self.order
 
 
-class _Frequency(Evictor):
-    """Counts uses of every expert ever seen, resident or not."""
+_Worth = tuple[float, int, ExpertId]  # two marks, whose
+
+
+class _Heaped(Evictor):
+    """Keeps the residents in a heap by a worth that changes only when they are used.
+
+    A use pushes a new entry and leaves the old one where it is: `_entry` says which one counts.
+    """
+
+    def __init__(self, *, slots: int, layers: int) -> None:
+        super().__init__(slots=slots, layers=layers)
+        self._heap: list[_Worth] = []
+        self._entry: dict[ExpertId, _Worth] = {}
+
+    def _worth(self, expert: ExpertId) -> _Worth:
+        raise NotImplementedError
+
+    def _push(self, expert: ExpertId) -> None:
+        entry = self._entry[expert] = self._worth(expert)
+        heapq.heappush(self._heap, entry)
+
+    def _used(self, needed: Sequence[ExpertId]) -> None:
+        """Give those who are resident their new places, and sweep out old entries."""
+        for expert in needed:
+            if expert in self._entry:
+                self._push(expert)
+        heap, entries = self._heap, self._entry
+        while heap and entries.get(heap[0][2]) is not heap[0]:
+            heapq.heappop(heap)
+        if len(heap) > 2 * len(entries) + 64:
+            self._heap = list(entries.values())
+            heapq.heapify(self._heap)
+
+    def admit(self, expert: ExpertId, *, speculative: bool) -> None:
+        self._push(expert)
+
+    def remove(self, expert: ExpertId) -> None:
+        del self._entry[expert]
+
+    def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
+        """In order, without taking the heap apart: a parent comes before its two children."""
+        heap, entries = self._heap, self._entry
+        size, front = len(heap), [(heap[0], 0)] if heap else []
+        while front:
+            found, place = heapq.heappop(front)
+            for child in (2 * place + 1, 2 * place + 2):
+                if child < size:
+                    heapq.heappush(front, (heap[child], child))
+            if entries.get(found[2]) is found:
+                yield found[2]
+
+
+class Lfu(_Heaped):
+    """The least often used expert leaves first; among equals, the least recently used. Counts the
+    uses of every expert ever seen, resident or not."""
+
+    def __init__(self, *, slots: int, layers: int) -> None:
+        super().__init__(slots=slots, layers=layers)
+        self.uses: dict[ExpertId, int] = {}
+        self.last: dict[ExpertId, int] = {}
+        self.now = 0
+
+    def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
+        self.now += 1
+        for expert in needed:
+            self.uses[expert] = self.uses.get(expert, 0) + 1
+            self.last[expert] = self.now
+        self._used(needed)
+
+    def _worth(self, expert: ExpertId) -> _Worth:
+        return self.uses.get(expert, 0), self.last.get(expert, 0), expert
+
+
+class Lfru(Evictor):
+    """Frequency over age: an expert is worth its uses divided by the events since its last one.
+
+    Age changes everybody's worth with every event, so victims are sorted anew each time.
+    """
 
     def __init__(self, *, slots: int, layers: int) -> None:
         super().__init__(slots=slots, layers=layers)
@@ -113,29 +191,18 @@ class _Frequency(Evictor):
     def remove(self, expert: ExpertId) -> None:
         self.resident.discard(expert)
 
-    def victims(self, layer: int, need: int) -> Iterable[ExpertId]:
-        return _ascending((self._worth(e), e) for e in self.resident)
-
-    def _worth(self, expert: ExpertId) -> tuple[float, int]:
-        raise NotImplementedError
-
-
-class Lfu(_Frequency):
-    """The least often used expert leaves first; among equals, the least recently used."""
-
-    def _worth(self, expert: ExpertId) -> tuple[float, int]:
-        return self.uses.get(expert, 0), self.last.get(expert, 0)
+    def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
+        uses, last, after = self.uses, self.last, self.now + 1
+        heap = [
+            (uses[e] / (after - last[e]), last[e], e) if e in uses else (0.0, 0, e)
+            for e in self.resident
+        ]
+        heapq.heapify(heap)  # most callers take a few of hundreds
+        while heap:
+            yield heapq.heappop(heap)[2]
 
 
-class Lfru(_Frequency):
-    """Frequency over age: an expert is worth its uses divided by the events since its last one."""
-
-    def _worth(self, expert: ExpertId) -> tuple[float, int]:
-        last = self.last.get(expert, 0)
-        return self.uses.get(expert, 0) / (self.now - last + 1), last
-
-
-_Ranked = tuple[float, int, ExpertId]  # mark, last use, whose
+_Ranked = tuple[float, int, int]  # mark, last use, which expert of its layer
 
 
 class Lrfu(Evictor):
@@ -156,31 +223,40 @@ class Lrfu(Evictor):
     def __init__(self, *, slots: int, layers: int) -> None:
         super().__init__(slots=slots, layers=layers)
         self._marks = [[_Fading(left) for left, _ in self.FADING] for _ in range(layers)]
-        self._last: dict[ExpertId, int] = {}
-        self._residents: list[set[ExpertId]] = [set() for _ in range(layers)]
-        self._ranked: list[list[_Ranked] | None] = [None] * layers
+        self._last: list[list[int]] = [[] for _ in range(layers)]
+        # Residents of each layer, the least worth first; sorted again after its layer was used.
+        self._ranked: list[list[_Ranked]] = [[] for _ in range(layers)]
+        self._unsorted: set[int] = set()
+        self._worths = [1 - self.FAR * ahead / layers for ahead in range(layers)]
         self._now = 0
 
     def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
         for fading in self._marks[event.layer]:
             fading.use(event.ids)
-        for expert in needed:
-            self._now += 1
-            self._last[expert] = self._now
-        self._ranked[event.layer] = None
+        now = self._now
+        last = _reaching(self._last[event.layer], max((e for _, e in needed), default=0), 0)
+        for _, expert in needed:
+            now += 1
+            last[expert] = now
+        self._now = now
+        self._unsorted.add(event.layer)
 
     def admit(self, expert: ExpertId, *, speculative: bool) -> None:
-        self._residents[expert.layer].add(expert)
-        self._ranked[expert.layer] = None
+        if not speculative:
+            self.remove(expert)  # it may have been speculated before
+        layer, e = expert
+        for fading in self._marks[layer]:
+            _reaching(fading.uses, e, 0.0)
+        _reaching(self._last[layer], e, 0)
+        self._sort()
+        insort(self._ranked[layer], self._rank(layer, [e])[0])
 
     def remove(self, expert: ExpertId) -> None:
-        self._residents[expert.layer].discard(expert)
         ranked = self._ranked[expert.layer]
-        if ranked is not None:  # who leaves changes nobody's place, and stands near the head
-            for place, found in enumerate(ranked):
-                if found[2] == expert:
-                    del ranked[place]
-                    break
+        for place, found in enumerate(ranked):
+            if found[2] == expert.expert:  # who leaves changes nobody's place
+                del ranked[place]
+                break
 
     def chance(self, expert: ExpertId) -> float:
         return sum(
@@ -191,42 +267,48 @@ class Lrfu(Evictor):
     def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
         """Merges the layers' own orders: only the first few are ever taken, so the heap holds no
         more than one resident of each layer."""
-        heap: list[tuple[float, int, int, int, float, list[_Ranked]]] = []
-        for ahead in range(self.layers):
-            ranked = self._order((layer + 1 + ahead) % self.layers)
-            if ranked:
-                worth = 1 - self.FAR * ahead / self.layers
-                mark, last, _ = ranked[0]
-                heap.append((mark * worth, last, ahead, 0, worth, ranked))
+        self._sort()
+        worths = self._worths
+        after = self._ranked[layer + 1 :] + self._ranked[: layer + 1]
+        heap = [
+            (ranked[0][0] * worth, ranked[0][1], ahead, 0)
+            for ahead, (ranked, worth) in enumerate(zip(after, worths, strict=True))
+            if ranked
+        ]
         heapq.heapify(heap)
         while heap:
-            _, _, ahead, place, worth, ranked = heap[0]
-            yield ranked[place][2]
+            _, _, ahead, place = heap[0]
+            ranked = after[ahead]
+            yield ExpertId((layer + 1 + ahead) % self.layers, ranked[place][2])
             place += 1
             if place < len(ranked):
                 mark, last, _ = ranked[place]
-                heapq.heapreplace(heap, (mark * worth, last, ahead, place, worth, ranked))
+                heapq.heapreplace(heap, (mark * worths[ahead], last, ahead, place))
             else:
                 heapq.heappop(heap)
 
-    def _order(self, layer: int) -> list[_Ranked]:
-        """This layer's residents, the least worth first; sorted again only after a use or an
-        arrival. `chance`, written out: a call per resident was half of the time."""
-        ranked = self._ranked[layer]
-        if ranked is None:
-            fast, middle, slow = (fading.uses for fading in self._marks[layer])
-            pairs = zip(self.FADING, self._marks[layer], strict=True)
-            a, b, c = (share * fading.scale for (_, share), fading in pairs)
-            last = self._last
-            ranked = []
-            for expert in self._residents[layer]:
-                e = expert.expert
-                # Not used yet (speculated): in none of the three.
-                mark = a * fast[e] + b * middle[e] + c * slow[e] if e in slow else 0.0
-                ranked.append((mark, last.get(expert, 0), expert))
+    def _sort(self) -> None:
+        """The old order is nearly the new one, and sorted in no time."""
+        for layer in self._unsorted:
+            ranked = self._rank(layer, [e for _, _, e in self._ranked[layer]])
             ranked.sort()
             self._ranked[layer] = ranked
-        return ranked
+        self._unsorted.clear()
+
+    def _rank(self, layer: int, experts: Sequence[int]) -> list[_Ranked]:
+        """`chance`, written out: a call for each was half of the time."""
+        pairs = zip(self.FADING, self._marks[layer], strict=True)
+        a, b, c = (share * fading.scale for (_, share), fading in pairs)
+        fast, middle, slow = (fading.uses for fading in self._marks[layer])
+        last = self._last[layer]
+        return [(a * fast[e] + b * middle[e] + c * slow[e], last[e], e) for e in experts]
+
+
+def _reaching(values: list[Any], index: int, value: Any) -> list[Any]:
+    """``values``, made long enough for ``index``."""
+    if index >= len(values):
+        values.extend([value] * (index + 1 - len(values)))
+    return values
 
 
 class _Fading:
@@ -239,22 +321,24 @@ class _Fading:
     def __init__(self, left: float) -> None:
         self._left = left
         self._weight = 1.0  # of a use by the next token
-        self.uses: dict[int, float] = {}  # expert -> its mark, in units of 1 / scale
+        self.uses: list[float] = []  # by expert: its mark, in units of 1 / scale
 
     def use(self, rows: Sequence[Sequence[int]]) -> None:
         uses, weight = self.uses, self._weight
         for row in rows:
             for expert in row:
-                uses[expert] = uses.get(expert, 0.0) + weight
+                if expert >= len(uses):
+                    _reaching(uses, expert, 0.0)
+                uses[expert] += weight
             weight /= self._left
             if weight > 1e100:
-                uses = {expert: mark / weight for expert, mark in uses.items()}
+                uses[:] = [mark / weight for mark in uses]
                 weight = 1.0
-        self.uses, self._weight = uses, weight
+        self._weight = weight
 
     def share(self, expert: int) -> float:
         """0..1: which part of the recent tokens used ``expert``, the last ones counting most."""
-        return self.uses.get(expert, 0.0) * self.scale
+        return self.uses[expert] * self.scale if expert < len(self.uses) else 0.0
 
     @property
     def scale(self) -> float:
@@ -262,7 +346,7 @@ class _Fading:
         return (1 - self._left) / (self._left * self._weight)
 
 
-class Belady(Evictor):
+class Belady(_Heaped):
     """The clairvoyant oracle: whoever is needed last, or never again, leaves first.
 
     For recorded traces only: it must be given the ``future``, the events in the order in which they
@@ -278,31 +362,12 @@ class Belady(Evictor):
         for position, event in reversed(list(enumerate(future))):
             for expert in event.needed():
                 self.uses.setdefault(ExpertId(event.layer, expert), []).append(position)
-        self.resident: set[ExpertId] = set()
-        self.now = -1
 
     def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
-        self.now += 1
         for expert in needed:
             self.uses[expert].pop()
+        self._used(needed)
 
-    def admit(self, expert: ExpertId, *, speculative: bool) -> None:
-        self.resident.add(expert)
-
-    def remove(self, expert: ExpertId) -> None:
-        self.resident.discard(expert)
-
-    def victims(self, layer: int, need: int) -> Iterable[ExpertId]:
-        return _ascending(((-self._next_use(e), 0), e) for e in self.resident)
-
-    def _next_use(self, expert: ExpertId) -> float:
+    def _worth(self, expert: ExpertId) -> _Worth:
         ahead = self.uses.get(expert)
-        return ahead[-1] if ahead else float("inf")
-
-
-def _ascending(ranked: Iterable[tuple[tuple[float, int], ExpertId]]) -> Iterator[ExpertId]:
-    """Lazily in order: most callers take a few of hundreds."""
-    heap = list(ranked)
-    heapq.heapify(heap)
-    while heap:
-        yield heapq.heappop(heap)[1]
+        return -ahead[-1] if ahead else float("-inf"), 0, expert

@@ -12,7 +12,7 @@ expert; pins protect an expert from the moment its event was looked up until it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -48,6 +48,7 @@ class Residency:
         self.slots = [Slot(i) for i in range(slots)]
         self._free = list(range(slots - 1, -1, -1))
         self._where: dict[ExpertId, Slot] = {}
+        self.slot: Callable[[ExpertId], Slot | None] = self._where.get  # asked most of all
 
     def __len__(self) -> int:
         return len(self._where)
@@ -65,9 +66,6 @@ class Residency:
     def free(self) -> int:
         """How many slots hold nobody."""
         return len(self._free)
-
-    def slot(self, expert: ExpertId) -> Slot | None:
-        return self._where.get(expert)
 
     def state(self, expert: ExpertId) -> State:
         slot = self._where.get(expert)

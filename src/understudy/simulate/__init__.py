@@ -8,18 +8,24 @@ plans out in the engine's order against a `Machine`; ``published`` counts as oth
 from __future__ import annotations
 
 from understudy.simulate.link import Link, Machine
-from understudy.simulate.published import Published, published
+from understudy.simulate.published import Counted, published
 from understudy.simulate.replay import replay
 from understudy.simulate.run import Minds, Outcome, Sizes, simulate
+from understudy.simulate.sweep import Beside, Published, Row, beside, sweep
 
 __all__ = [
+    "Beside",
+    "Counted",
     "Link",
     "Machine",
     "Minds",
     "Outcome",
     "Published",
+    "Row",
     "Sizes",
+    "beside",
     "published",
     "replay",
     "simulate",
+    "sweep",
 ]

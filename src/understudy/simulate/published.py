@@ -24,7 +24,7 @@ from understudy.simulate.run import Sizes
 
 
 @dataclass(slots=True)
-class Published:
+class Counted:
     """Hit rates as 0..1; ``bytes_read`` of the whole trace."""
 
     lookups: int = 0
@@ -42,9 +42,7 @@ class Published:
         return self.decode_hits / self.decode_lookups if self.decode_lookups else 0.0
 
 
-def published(
-    events: Sequence[LayerEvent], *, sizes: Sizes, budget: int, evictor: str
-) -> Published:
+def published(events: Sequence[LayerEvent], *, sizes: Sizes, budget: int, evictor: str) -> Counted:
     """What ``evictor`` would have hit with ``budget`` bytes, by the rules above."""
     slots = max(1, budget // sizes.largest)  # a hint for evictors that divide slots among layers
     cache = _Bytes(evictor_named(evictor, events, slots, sizes.layers), sizes, budget)
@@ -60,7 +58,7 @@ class _Bytes:
         self.evictor, self.sizes, self.budget = evictor, sizes, budget
         self.resident: set[ExpertId] = set()
         self.held = 0
-        self.counted = Published()
+        self.counted = Counted()
 
     def event(self, event: LayerEvent) -> None:
         needed = [ExpertId(event.layer, e) for e in event.needed()]

@@ -143,7 +143,7 @@ class Outcome:
 
     @property
     def hit_rate(self) -> float:
-        """Of all lookups, prompt and decode. A late hit was not there in time: it is none."""
+        """Of all lookups, prompt and decode. A late hit was not there in time, and is none."""
         return _share(self.counters)
 
     @property
