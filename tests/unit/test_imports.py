@@ -33,8 +33,17 @@ FLOORS: list[list[set[str]]] = [
     [{"simulate"}, {"plan"}, {"summary"}],
     [{"engine", "loading", "evaluate", "packing", "learn"}],
     [
-        {"cli", "serve", "bench", "compare", "demo", "quality", "__init__", "__main__"},
-        {"lm_harness"},
+        {
+            "cli",
+            "serve",
+            "bench",
+            "compare",
+            "demo",
+            "quality",
+            "lm_harness",
+            "__init__",
+            "__main__",
+        }
     ],
 ]
 
