@@ -175,6 +175,18 @@ def test_a_lossy_policy_acts_even_where_one_token_is_scored(
     assert exact.get_model_info()["understudy_skipped"] == 0
 
 
+def test_arguments_as_lm_eval_splits_them(speaking_model: Path) -> None:
+    told = f"model={speaking_model},policy={DROP},memory=100%,slots=8,max_context=64,kernel=torch"
+    lm = UnderstudyLM.create_from_arg_string(told, {"batch_size": 1, "device": None})
+    handle = lm.engine.model.understudy
+    assert handle.plan.slots == 8
+    assert handle.policies["route"] == DROP
+    lm.close()
+    other = UnderstudyLM.create_from_arg_string(f"model={speaking_model},predictor=none,slots=8")
+    assert other.engine.model.understudy.policies["predictor"] == "none"
+    other.close()
+
+
 # ------------------------------------------------------------------------------------- answering
 
 
