@@ -67,6 +67,8 @@ class UnderstudyLM(TemplateLM):
         super().__init__()
         source = _source(model, pretrained)
         _refuse(batch_size, device, options)
+        if options.get("predictor", "") is None:  # lm-eval takes the word "none" for None
+            options["predictor"] = "none"
         chosen = Policy.parse(policy).options() if policy else {}
         self.engine = Engine(source, **{**options, **chosen})
         self.tokenizer = self.engine.tokenizer

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +37,7 @@ from understudy.engine import Engine, inspect, tokenizer_in
 from understudy.evaluate import compared
 from understudy.intervals import Figure, Numbers
 from understudy.native import cache_folder
+from understudy.policies.matched import AtRate
 from understudy.registry import parse
 
 LEAST_SETS = 5
@@ -105,12 +105,6 @@ def questions(each: int, seed: int) -> list[tasks.Problem]:
         turns = [pool[turn] for turn in range(each) for pool in pools if turn < len(pool)]
         found += turns[:each]
     return found
-
-
-def spelled_problems(seed: int, count: int = 4000) -> str:
-    """Problems and their answers as text, one after the other."""
-    held = islice(tasks.problems(seed, held=True), count)
-    return "\n\n".join(f"{tasks.ask(one.prompt)} {one.answer}" for one in held)
 
 
 # -------------------------------------------------------------------------------------- scoring
@@ -444,11 +438,6 @@ class Exam:
         options = {**dict(self.settings), **policy.options(), "seed": self.seed}
         return Engine(model or self.model, memory=self.memory, **options)
 
-    def domains(self) -> dict[str, str]:
-        """Name -> text. Without files: Python's own documentation, and spelled problems."""
-        found = texts.domains(self.data)
-        return found if self.data else {**found, "problems": spelled_problems(self.seed)}
-
 
 class Session:
     """The exact run once, then any number of policies against it."""
@@ -464,12 +453,18 @@ class Session:
     def texts(self) -> Sequence[Text]:
         return self._exact.texts
 
-    def judge(self, policy: Policy, report: Report, model: str | None = None) -> Verdict:
-        """``model``: another checkpoint of the same model (fewer bits) in its place."""
+    def judge(
+        self, policy: Policy, report: Report, model: str | None = None, rate: float | None = None
+    ) -> Verdict:
+        """``model``: another checkpoint of the same model (fewer bits) in its place. ``rate``: a
+        control, held to so many changed experts per token (see `policies.matched`)."""
         if model is not None and dict(self.exam.settings).get("slots") is not None:
             # Slots were told, not memory: as many of the smaller ones as the same bytes hold.
             policy = replace(policy, slots=self._held_bytes // inspect(model).slot_bytes)
         with self.exam.open(policy, model) as engine:
+            if rate is not None:
+                director = engine.model.understudy.runtime.director
+                director.route = AtRate(director.route, rate)
             own = score(engine, self._exact, self.problems, report, first=False)
         return compare(policy, self.problems, self.baseline, own, format=model is not None)
 
@@ -482,7 +477,7 @@ def session(exam: Exam, report: Report) -> Iterator[Session]:
     """Opens the exam: cuts the texts, runs the exact run."""
     pieces = prompt_sets(
         tokenizer_in(Checkpoint.open(exam.model).path),
-        exam.domains(),
+        texts.domains(exam.data),
         sets=exam.sets,
         prompt=exam.prompt,
         scored=exam.scored,
@@ -496,13 +491,13 @@ def session(exam: Exam, report: Report) -> Iterator[Session]:
 
 def controls(policy: Policy) -> list[Policy]:
     """For `buddy`: the same gates with a random resident expert, and with nobody, in its place.
-    The gates see the same; what they let through is counted, since caches part once experts do."""
+    To be judged at the rate of what they control for: the gates alone do not match the count."""
     name, parameters = parse(policy.route)
     if name != "buddy" or parameters.get("stand_in") in ("random", "drop"):
         return []
     told = "".join(f":{key}={value}" for key, value in parameters.items() if key != "stand_in")
     return [
-        replace(policy, name=f"{policy.name} [{who}]", route=f"{name}:stand_in={who}{told}")
+        replace(policy, name=f"{policy.name} ({who})", route=f"{name}:stand_in={who}{told}")
         for who in ("random", "drop")
     ]
 

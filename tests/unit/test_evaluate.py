@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from understudy.evaluate import distance
+from understudy.evaluate import compared, distance
 
 
 def constant(*probabilities: float) -> Any:
@@ -44,3 +44,13 @@ def test_the_same_model_is_at_no_distance() -> None:
 def test_a_single_token_is_no_text() -> None:
     with pytest.raises(ValueError, match="two tokens"):
         distance(constant(1.0), constant(1.0), [0])
+
+
+def test_what_the_exact_run_rules_out_weighs_nothing() -> None:
+    never = -torch.inf
+    exact = torch.tensor([[0.0, 0.0, never]])
+    other = torch.tensor([[0.0, 0.0, never]])
+    found = compared(exact, other, torch.tensor([1]))
+    assert found.kl.tolist() == [0.0]
+    assert math.isclose(found.other[0], math.log(2), rel_tol=1e-6)
+    assert compared(exact, torch.tensor([[0.0, never, 0.0]]), torch.tensor([0])).kl[0] == math.inf

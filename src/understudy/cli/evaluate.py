@@ -91,6 +91,8 @@ def evaluate(
     if output is not None:
         write_whole(output, json_text.dumps(result, indent=1) + "\n")
     screen.show(table(model, verdicts), json_too=json)
+    if not all(v.exact for v in verdicts):
+        screen.show(domains_table(verdicts), json_too=json)
     if problems:
         screen.show(solved_table(verdicts), json_too=json)
     for line in remarks(verdicts, result["controls"]):
@@ -122,41 +124,44 @@ def judge_all(
     """The exact run, every policy and its controls; and name -> reason of those that cannot run.
     Hours of work are not thrown away because one of many lacks something."""
     verdicts, failed = [opened.baseline_verdict()], {}
-    for policy, format in everyone(chosen, with_controls):
-        if policy.name == verdicts[0].policy:
+    for policy, of, format in everyone(chosen, with_controls):
+        if policy.name == verdicts[0].policy or of in failed:
             continue
+        rate = next((v.changed for v in verdicts if v.policy == of), None)
         try:
-            verdicts.append(judge(opened, policy, format, bar))
+            verdicts.append(judge(opened, policy, rate, format, bar))
         except UnderstudyError as error:
             failed[policy.name] = str(error)
     return verdicts, failed
 
 
-def judge(opened: Session, policy: Policy, format: str | None, bar: Bar) -> Verdict:
+def judge(
+    opened: Session, policy: Policy, rate: float | None, format: str | None, bar: Bar
+) -> Verdict:
     from understudy.quality import packed
 
     other = None if format is None else str(packed(opened.exam.model, format, bar))
-    return opened.judge(policy, bar(policy.name), other)
+    return opened.judge(policy, bar(policy.name), other, rate)
 
 
-def everyone(chosen: Sequence[Policy], with_controls: bool) -> Iterator[tuple[Policy, str | None]]:
-    """(policy, weight format where it is another): the policies, each with its controls at a
-    matched count after it; if one is lossy, every expert in fewer bits at the same memory."""
+def everyone(
+    chosen: Sequence[Policy], with_controls: bool
+) -> Iterator[tuple[Policy, str, str | None]]:
+    """(policy, name of the one whose count it is held to, weight format where it is another): the
+    policies, each with its controls after it; if one is lossy, every expert in fewer bits at the
+    same memory."""
     from dataclasses import replace
 
     from understudy.bench import ON_DEMAND
     from understudy.quality import controls
 
-    seen = {policy.route for policy in chosen}
     for policy in chosen:
-        yield policy, None
+        yield policy, "", None
         for control in controls(policy) if with_controls else ():
-            if control.route not in seen:
-                seen.add(control.route)
-                yield control, None
+            yield control, policy.name, None
     if with_controls and not all(policy.exact for policy in chosen):
         for format in ("int8", "int4"):
-            yield replace(ON_DEMAND, name=f"all {format}"), format
+            yield replace(ON_DEMAND, name=f"all {format}"), "", format
 
 
 # -------------------------------------------------------------------------------------- results
@@ -191,10 +196,10 @@ def matched(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     for v in verdicts:
-        if v.exact or v.format or v.policy.endswith("]"):
+        if v.exact or v.format or v.policy.endswith(")"):
             continue
         for other in verdicts:
-            if other.policy.startswith(f"{v.policy} ["):
+            if other.policy.startswith(f"{v.policy} ("):
                 pair = {"by": "changed", "own": v.changed, "control": other.changed}
             elif other.format:
                 pair = {"by": "bytes", "own": v.bytes, "control": other.bytes}
@@ -213,11 +218,6 @@ def table(model: str, verdicts: Sequence[Verdict]) -> Table:
     )  # fmt: skip
     for v in verdicts:
         grid.add_row(*row(v))
-    for domain in verdicts[0].nll_by_domain if len(verdicts[0].nll_by_domain) > 1 else ():
-        grid.add_section()
-        for v in verdicts:
-            if not v.exact:
-                grid.add_row(f"{v.policy}, {domain}", *lost(v.nll_by_domain[domain]))
     return grid
 
 
@@ -241,6 +241,17 @@ def row(v: Verdict) -> list[str]:
 
 def lost(figure: Any) -> list[str]:
     return [f"{figure.mean:+.4f}", f"{figure.low:+.4f}..{figure.high:+.4f}"]
+
+
+def domains_table(verdicts: Sequence[Verdict]) -> Table:
+    """What is lost where; exact rows lose nothing anywhere."""
+    domains = list(verdicts[0].nll_by_domain)
+    grid = screen.grid("NLL lost in", *domains)
+    for v in verdicts:
+        if not v.exact:
+            found = (lost(v.nll_by_domain[domain]) for domain in domains)
+            grid.add_row(v.policy, *(f"{mean} ({bounds})" for mean, bounds in found))
+    return grid
 
 
 def solved_table(verdicts: Sequence[Verdict]) -> Table:

@@ -139,8 +139,9 @@ def parse_policies(text: str, depth: int) -> dict[str, tuple[Minds, int | None]]
         if name == "belady":
             continue  # always there
         policy = Policy.parse(name)
-        more = {key: getattr(policy, key) for key in ("route", "resolver") if hasattr(policy, key)}
-        minds = Minds(policy.evictor, policy.predictor, depth=depth, **more)
+        minds = Minds(policy.evictor, policy.predictor, policy.route, policy.resolver, depth)
+        if isinstance(policy.slots, str):
+            raise UnderstudyError(f"policy {name!r} counts its slots in k; name its parts instead")
         found[policy.name] = minds, policy.slots
     return found
 
