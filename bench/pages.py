@@ -9,6 +9,7 @@ where a page says something else than its results. Kinds:
     decode, prefill, start    all rows, the columns of that bench
     ratios                    the ratios that have a target
     beside                    ours and each peer's time per token, a cell and format per row
+    buddy, speculation        what bench/policies.py found: quality, and speed on the twin
 """
 
 from __future__ import annotations
@@ -86,12 +87,65 @@ def _times(rows: Sequence[Row | None]) -> list[str]:
     return shown
 
 
+POLICY_HEAD = (
+    "held", "policy", "NLL lost (95 %)", "KL", "same top-1", "changed", "mass", "beyond random",
+    "beyond drop", "read", "time",
+)  # fmt: skip
+
+
+def policies(table: str) -> Callable[[Any], str]:
+    """Bytes and time as shares of `on-demand` with the same experts held."""
+
+    def made(results: Any) -> str:
+        rows = results[table]
+        base = {r["share"]: r["bytes"] for r in rows if r["policy"] == "on-demand" and "bytes" in r}
+        return markdown(POLICY_HEAD, [_policy(row, base.get(row["share"])) for row in rows])
+
+    return made
+
+
+def _policy(row: Row, base: float | None) -> list[str]:
+    speed, lost = row.get("speed"), row.get("delta_nll")
+    time = ""
+    if speed:
+        low, high = speed["spread"]
+        time = f"{speed['ratio']:.2f} ({low:.2f}-{high:.2f})"
+    if lost is None:  # timed only
+        read = f"{speed['bytes'] / speed['baseline_bytes']:.2f}" if speed else ""
+        return [row["share"], f"`{row['policy']}`", *[""] * 7, read, time]
+    exact = row["exact"] and row["identical"]
+    beyond = row["beyond"]
+    return [
+        row["share"],
+        f"`{row['policy']}`",
+        "exact" if exact else _with_interval(lost),
+        "" if exact else f"{row['kl']['mean']:.3f}",
+        "" if exact else f"{100 * row['same_top1']['mean']:.1f} %",
+        "" if exact else f"{row['substituted'] + row['skipped']:.2f}",
+        "" if exact else f"{row['substituted_mass'] + row['skipped_mass']:.2f}",
+        *(_control(beyond, who) for who in ("random", "drop")),
+        f"{row['bytes'] / base:.2f}" if base else "",
+        time,
+    ]
+
+
+def _control(beyond: Row, who: str) -> str:
+    found = [figure for name, figure in beyond.items() if name.endswith(f"({who})")]
+    return _with_interval(found[0]) if found else ""
+
+
+def _with_interval(figure: Row) -> str:
+    return f"{figure['mean']:+.3f} ({figure['low']:+.3f}..{figure['high']:+.3f})"
+
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "decode": columns(show.DECODE_COLUMNS),
     "prefill": columns(show.PREFILL_COLUMNS),
     "start": columns(show.START_COLUMNS),
     "ratios": ratios,
     "beside": beside,
+    "buddy": policies("buddy"),
+    "speculation": policies("speculation"),
 }
 
 

@@ -46,3 +46,29 @@ def test_an_unknown_kind_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(KeyError, match="colours"):
         tables.rewritten("<!-- results: a.json colours -->\n<!-- end -->", tmp_path)
+
+
+def test_policies_are_told_against_their_controls(tmp_path: Path) -> None:
+    def figure(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    exact = {
+        "share": "50%", "policy": "on-demand", "exact": True, "identical": True, "bytes": 200.0,
+        "delta_nll": figure(0), "beyond": {}, "speed": None,
+    }  # fmt: skip
+    lossy = {
+        **exact, "policy": "buddy", "exact": False, "identical": False, "bytes": 50.0,
+        "delta_nll": figure(0.25), "kl": figure(0.3), "same_top1": figure(0.75),
+        "substituted": 2.0, "skipped": 0.5, "substituted_mass": 0.5, "skipped_mass": 0.1,
+        "beyond": {"buddy (random)": figure(-0.2), "buddy (drop)": figure(0.0)},
+        "speed": {"ratio": 0.8, "spread": [0.7, 0.9], "bytes": 1.0, "baseline_bytes": 4.0},
+    }  # fmt: skip
+    timed = {"share": "50%", "policy": "paper", "speed": lossy["speed"]}
+    (tmp_path / "p.json").write_text(json.dumps({"buddy": [exact, lossy, timed]}))
+    page = "<!-- results: p.json buddy -->\n<!-- end -->"
+    assert tables.rewritten(page, tmp_path).splitlines()[3:-1] == [
+        "| 50% | `on-demand` | exact |  |  |  |  |  |  | 1.00 |  |",
+        "| 50% | `buddy` | +0.250 (+0.150..+0.350) | 0.300 | 75.0 % | 2.50 | 0.60 | "
+        "-0.200 (-0.300..-0.100) | +0.000 (-0.100..+0.100) | 0.25 | 0.80 (0.70-0.90) |",
+        "| 50% | `paper` |  |  |  |  |  |  |  | 0.25 | 0.80 (0.70-0.90) |",
+    ]
