@@ -15,7 +15,7 @@ resident; prompts are left alone. There is one device, so the paper's hop factor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import log
 from typing import Any
@@ -56,18 +56,18 @@ class Buddy(RouteTransform):
                 "route buddy needs a profile of this model: make one with `understudy profile` and "
                 "pass it as --profile"
             )
-        self.rho, self.beta, self.percentile, self.eta = rho, beta, percentile, eta
-        self.stand_in, self.weight = stand_in, weight
-        self._buddies = [
-            [_buddies(row, own, alpha, cap) for own, row in enumerate(table)]
-            for table in self._tables()
-        ]
+        self.rho, self.beta, self.percentile, self.weight = rho, beta, percentile, weight
+        self._pick = self._picker(stand_in, alpha, cap, eta)
 
-    def _tables(self) -> Sequence[Sequence[Sequence[float]]]:
-        if self.learned is None or self.stand_in not in STAND_INS[:2]:
-            return ()
-        similar = self.stand_in == "similar"
-        return self.learned.similarity if similar else self.learned.coactivation
+    def _picker(self, stand_in: str, alpha: float, cap: int, eta: float) -> Picker:
+        if stand_in == "drop":
+            return _nobody
+        if stand_in == "random":
+            return _Drawn(self.seed)
+        assert self.learned is not None
+        learned = self.learned
+        table = learned.similarity if stand_in == "similar" else learned.coactivation
+        return _Listed(table, alpha, cap, eta)
 
     def transform(self, event: LayerEvent, book: Residency) -> LayerEvent:
         if event.phase is not Phase.DECODE or self.rho <= 0:
@@ -95,7 +95,8 @@ class Buddy(RouteTransform):
         ids, weights, total, left = list(ids), list(weights), sum(weights), self.rho
         for rank in sorted(range(len(ids)), key=weights.__getitem__):
             if left and ids[rank] in missing:
-                stand_in = self._pick(event, book, ids, ids[rank], scores)
+                here = _others_here(event.layer, book, ids, len(scores))
+                stand_in = self._pick(event, ids[rank], here, scores)
                 if stand_in is not None:
                     left, ids[rank] = left - 1, stand_in
                     weights[rank] = 0.0 if stand_in == NOBODY else weights[rank]
@@ -110,24 +111,54 @@ class Buddy(RouteTransform):
             return False
         return entropy(weights) <= self.learned.entropy[layer][self.percentile]
 
-    def _pick(
-        self, event: LayerEvent, book: Residency, used: Sequence[int], expert: int,
-        scores: Sequence[float],
-    ) -> int | None:  # fmt: skip
-        layer = event.layer
-        if self.stand_in == "drop":
-            return NOBODY
-        if self.stand_in == "random":
-            here = [e for e in range(len(scores)) if ExpertId(layer, e) in book and e not in used]
-            drawn = crc32(repr((self.seed, event.step, layer, expert)).encode())
-            return here[drawn % len(here)] if here else None
-        most = max(scores)
-        best = max(
-            ((q * (1 + self.eta * scores[j] / most), -j) for j, q in self._buddies[layer][expert]
-             if j not in used and ExpertId(layer, j) in book),
-            default=None,
-        )  # fmt: skip
-        return None if best is None else -best[1]
+
+# ------------------------------------------------------------------------------- who stands in
+
+# (event, missing expert, residents that the token does not use, scores) -> who, if anybody
+Picker = Callable[[LayerEvent, int, Sequence[int], Sequence[float]], int | None]
+
+
+class _Listed:
+    """The best of the expert's own list."""
+
+    def __init__(
+        self, table: Sequence[Sequence[Sequence[float]]], alpha: float, cap: int, eta: float
+    ) -> None:
+        self.eta = eta
+        self.buddies = [
+            [dict(_buddies(row, own, alpha, cap)) for own, row in enumerate(layer)]
+            for layer in table
+        ]
+
+    def __call__(
+        self, event: LayerEvent, expert: int, here: Sequence[int], scores: Sequence[float]
+    ) -> int | None:
+        shares, most = self.buddies[event.layer][expert], max(scores)
+        known = [j for j in here if j in shares]
+        return max(known, key=lambda j: shares[j] * (1 + self.eta * scores[j] / most), default=None)
+
+
+class _Drawn:
+    """Any resident, drawn by what the event is: the same one every time."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(
+        self, event: LayerEvent, expert: int, here: Sequence[int], scores: Sequence[float]
+    ) -> int | None:
+        drawn = crc32(repr((self.seed, event.step, event.layer, expert)).encode())
+        return here[drawn % len(here)] if here else None
+
+
+def _nobody(
+    event: LayerEvent, expert: int, here: Sequence[int], scores: Sequence[float]
+) -> int | None:
+    return NOBODY
+
+
+def _others_here(layer: int, book: Residency, used: Sequence[int], experts: int) -> list[int]:
+    return [e for e in range(experts) if e not in used and ExpertId(layer, e) in book]
 
 
 def entropy(weights: Sequence[float]) -> float:
