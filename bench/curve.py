@@ -8,7 +8,7 @@ Two plots into docs/img/ and their numbers into docs/results/, each point beside
     experts   8 to 128 experts per layer, the same active bytes and the same memory; random weights,
               which route nearly uniformly: this says how cost grows, not how a real model caches
 
-Needs matplotlib (pip install 'understudy[bench]'). The last line is JSON.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -103,11 +103,6 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=33)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        show.say("error: matplotlib is not installed; pip install 'understudy[bench]'")
-        return 2
     card = cards.card({}, f"{options.repeats} rounds and one to warm up")
     cards.show(card)
     found: dict[str, list[Row]] = {}

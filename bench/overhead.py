@@ -83,15 +83,16 @@ def no_transfer(engine: Engine) -> Iterator[None]:
     runtime = engine.model.understudy.runtime
     transfer, book = runtime.transfer, runtime.director.book
 
-    def land(expert: ExpertId, slot: Slot) -> None:
-        book.launch(expert)
-        book.land(expert)
+    def land(loads: Sequence[tuple[ExpertId, Slot]], *, as_they_lie: bool = False) -> None:
+        for expert, _ in loads:
+            book.launch(expert)
+            book.land(expert)
 
-    transfer.demand, transfer.speculate = land, lambda guesses: None
+    transfer.demand_all, transfer.speculate = land, lambda guesses: None
     try:
         yield
     finally:
-        del transfer.demand, transfer.speculate
+        del transfer.demand_all, transfer.speculate
 
 
 def decode_events(engine: Engine, steps: int) -> list[LayerEvent]:

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from training import tasks, tokenizer
+from training import tokenizer
+from understudy import tasks
 
 HELD_OUT = 0.02
 PROBLEMS = 320_000

@@ -11,15 +11,24 @@ larger of the two times, never their sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
 from understudy import plan as planning
-from understudy.core import Counters, LayerEvent, Phase, UnderstudyError
-from understudy.registry import require
+from understudy.core import Counters, LayerEvent, Phase, UnderstudyError, UnknownName
+from understudy.registry import (
+    EVICTORS,
+    PREDICTORS,
+    RESOLVERS,
+    ROUTES,
+    is_exact,
+    parse,
+    require,
+)
 
 if TYPE_CHECKING:
     from understudy.engine import Engine, Generation
@@ -31,28 +40,95 @@ Report = Callable[[int, int], None]  # (done, in all)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who leaves, who comes early, and whether there is a cache at all."""
+    """Who leaves, who comes early, who runs, what a miss does, and whether there is a cache."""
 
     name: str
     evictor: str = "lrfu"
     predictor: str = "none"
-    slots: int | None = None  # None: as many as the budget holds
+    slots: int | str | None = None  # None: as many as the budget holds; "2k": see `Options`
+    route: str = "as-routed"
+    resolver: str = "fetch"
+    self_switch: bool = True
 
     @classmethod
     def parse(cls, text: str) -> Policy:
-        """``no-cache``, ``understudy``, ``EVICTOR`` (on demand) or ``EVICTOR+PREDICTOR``."""
+        """A preset's name, or ``NAME+NAME+...``, each an evictor, a predictor, a route or a
+        resolver, in any order, at most one of each kind; parameters as ``NAME:key=value``."""
         name = text.strip()
         if name in PRESETS:
             return PRESETS[name]
-        evictor, _, predictor = name.partition("+")
-        require(evictor, predictor or "none")
-        return cls(name, evictor, predictor or "none")
+        parts: dict[str, str] = {}
+        for part in name.split("+"):
+            kind = _kind_of(part)
+            if kind in parts:
+                raise UnderstudyError(f"policy {name!r} names two kinds of {kind}; leave one out")
+            parts[kind] = part
+        policy = cls(name, **parts)  # type: ignore[arg-type]
+        require(policy.evictor, policy.predictor, policy.route, policy.resolver)
+        return policy
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing in it may change what is computed."""
+        return is_exact(self.route, self.resolver)
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it cannot run on what the model alone says."""
+        foresight = PREDICTORS.get(parse(self.predictor)[0]).foresight
+        return parse(self.route)[0] == "buddy" or foresight not in ("router-input", "drift")
+
+    def options(self) -> dict[str, Any]:
+        """For `Engine`."""
+        names = "evictor", "predictor", "route", "resolver", "self_switch"
+        told = {name: getattr(self, name) for name in names}
+        return told if self.slots is None else {**told, "slots": self.slots}
+
+
+_KINDS = {"evictor": EVICTORS, "predictor": PREDICTORS, "route": ROUTES, "resolver": RESOLVERS}
+
+
+def _kind_of(part: str) -> str:
+    name = parse(part)[0]
+    for kind, registry in _KINDS.items():
+        if name in registry.names():
+            return kind
+    known = [*PRESETS, *(name for registry in _KINDS.values() for name in registry.names())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise UnknownName(f"no policy named {name!r}{hint} Known: {', '.join(known)}")
 
 
 NO_CACHE = Policy("no-cache", "lru", slots=planning.MINIMUM_SLOTS)
 LRU = Policy("lru", "lru")
+ON_DEMAND = Policy("on-demand")
 UNDERSTUDY = Policy("understudy", predictor="next-gate")
-PRESETS = {policy.name: policy for policy in (NO_CACHE, LRU, UNDERSTUDY)}
+# Speculating Experts as published keeps no expert: two layers' worth of buffers, all copied anew
+# for every token. `paper` executes what it speculated, `paper-hint` only fetches it early.
+_PAPER: dict[str, Any] = {"evictor": "lru-global", "slots": "2k", "self_switch": False}
+PRESETS = {
+    policy.name: policy
+    for policy in (
+        NO_CACHE,
+        LRU,
+        ON_DEMAND,
+        UNDERSTUDY,
+        Policy("hint-quasi", predictor="quasi-gate"),
+        Policy("hint-estimator", predictor="estimator"),
+        Policy("hint-hybrid", predictor="hybrid"),
+        Policy("paper-on-demand", **_PAPER),
+        Policy("paper-hint", predictor="quasi-gate", **_PAPER),
+        Policy("paper", predictor="quasi-gate", route="speculated", **_PAPER),
+        Policy("paper-estimator", predictor="estimator", route="speculated", **_PAPER),
+        Policy("paper-hybrid", predictor="hybrid", route="speculated", **_PAPER),
+        Policy("speculated", predictor="quasi-gate", route="speculated", self_switch=False),
+        Policy("verified", predictor="next-gate", route="verified", self_switch=False),
+        Policy("buddy", route="buddy"),
+        Policy("buddy-similar", route="buddy:stand_in=similar"),
+        Policy("buddy-random", route="buddy:stand_in=random"),
+        Policy("buddy-drop", route="buddy:stand_in=drop"),
+    )
+}
 
 
 @contextmanager
@@ -71,8 +147,7 @@ def open_all(
     engines: dict[str, Engine] = {}
     with ExitStack() as stack:
         for number, policy in enumerate(policies):
-            chosen = {"evictor": policy.evictor, "predictor": policy.predictor}
-            engine = Engine(model, memory=memory, slots=policy.slots, **{**settings, **chosen})
+            engine = Engine(model, memory=memory, **{**settings, **policy.options()})
             engines[policy.name] = stack.enter_context(engine)
             if number == 0:
                 _check_room(engine.plan, policies)
@@ -83,7 +158,7 @@ def _check_room(first: planning.Plan, policies: Sequence[Policy]) -> None:
     """Whether the engines still to be opened fit into what is free now."""
     fixed = first.used - first.slots * first.slot_bytes
     room = (first.total - fixed) // first.slot_bytes
-    wanted = [min(first.experts, policy.slots or room) for policy in policies[1:]]
+    wanted = [min(first.experts, _slots(policy, first) or room) for policy in policies[1:]]
     needed = sum(fixed + slots * first.slot_bytes for slots in wanted)
     free = planning.free_memory()
     if needed > free:
@@ -92,6 +167,10 @@ def _check_room(first: planning.Plan, policies: Sequence[Policy]) -> None:
             f"{len(policies)} policies side by side need {planning.shown_size(needed)} more and "
             f"{planning.shown_size(free)} are free; try --memory {max(1, fair // planning.MIB)}MiB"
         )
+
+
+def _slots(policy: Policy, plan: planning.Plan) -> int | None:
+    return plan.slots if isinstance(policy.slots, str) else policy.slots
 
 
 # --------------------------------------------------------------------------------------- rounds
@@ -127,19 +206,27 @@ def alternate(
     report: Report = lambda done, total: None,
     between: Callable[[], None] = lambda: None,
     keep_logits: bool = False,
+    dictated: bool = False,
 ) -> dict[str, Timed]:
     """A B C A B C ...: in each round every engine continues the same prompt.
 
     The first prompt warms every cache and is not counted. ``between`` is called once per round
-    (it measures the disk while the machine is in the same mood).
+    (it measures the disk while the machine is in the same mood). ``dictated``: the last
+    ``new_tokens`` of a prompt are not read but answered with, so that policies that would say
+    something else decode the same text.
     """
     results = {name: Timed() for name in engines}
     total, done = len(rounds) * len(engines), 0
     for number, prompt in enumerate(rounds):
         for name, engine in engines.items():
+            read = len(prompt) - new_tokens if dictated else len(prompt)
             engine.start_recording()
             generation = engine.generate(
-                list(prompt), max_new_tokens=new_tokens, ignore_eos=True, keep_logits=keep_logits
+                list(prompt[:read]),
+                max_new_tokens=new_tokens,
+                ignore_eos=True,
+                keep_logits=keep_logits,
+                dictated=prompt[read:],
             )
             events = engine.stop_recording()
             if number > 0:
@@ -247,7 +334,7 @@ def row(name: str, timed: Timed, engine: Engine, rates: Rates, phase: Phase) -> 
     """What ``timed`` says about one phase."""
     parts = [_part(generation, phase) for generation in timed.generations]
     tokens = [count for count, _, _ in parts]
-    counters = _sum([counted for _, _, counted in parts])
+    counters = total(counted for _, _, counted in parts)
     everything = max(1, sum(tokens))
     needed = max(0, counters.bytes_read - counters.wasted_bytes)
     steps = everything if phase is Phase.DECODE else len(parts)
@@ -276,7 +363,8 @@ def _part(generation: Generation, phase: Phase) -> tuple[int, float, Counters]:
     return later, generation.tpot * later, generation.decode_counters
 
 
-def _sum(parts: Sequence[Counters]) -> Counters:
+def total(parts: Iterable[Counters]) -> Counters:
+    """Their sum."""
     total = Counters()
     for part in parts:
         total = total - (Counters() - part)

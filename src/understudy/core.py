@@ -147,7 +147,9 @@ class Forward:
 
     ``rows``: which rows of the flattened batch are real tokens, as a boolean tensor, or ``None``
     where all are. ``requests``: the request of each row. ``router_args``: MoE layer -> what its
-    router was called with last.
+    router was called with last. ``residuals``: MoE layer -> the residual stream between attention
+    and experts, and the norm that made the router's input of it (only where somebody asked).
+    ``foretold``: later MoE layer -> its experts and weights as the layer before foresaw them.
     """
 
     step: int
@@ -155,6 +157,8 @@ class Forward:
     rows: Any = None
     requests: Sequence[int] = ()
     router_args: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    residuals: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    foretold: dict[int, Any] = field(default_factory=dict)
     started: float = 0.0
     outer: Forward | None = None
 
@@ -172,6 +176,9 @@ class Costs:
     queued: int = 0  # demand reads waiting now
 
 
+NOBODY = -1  # in place of an expert's number: this (token, rank) runs nobody
+
+
 class Guess(NamedTuple):
     """This expert will be needed with this probability, so many MoE layers from now."""
 
@@ -186,9 +193,9 @@ class LayerEvent:
 
     ``ids`` and ``weights`` are per (token, rank), padding tokens already left out. ``requests`` is
     the request of each token. ``lookahead`` maps a later MoE layer to per-token, per-rank expert
-    ids and weights, as that layer's own router scored the current router input (empty: not
-    available).
-    ``scores``: full router scores per token, where a policy asked for them.
+    ids and weights, as they are foreseen at this layer (empty: not available); ``foretold`` is what
+    the layer before foresaw about this one.
+    ``scores``: per token, the router's probability of every expert, where a policy asked for them.
     """
 
     step: int
@@ -201,16 +208,19 @@ class LayerEvent:
     lookahead: Mapping[int, tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]] = field(
         default_factory=dict
     )
+    foretold: tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]] | None = None
     costs: Costs = Costs()
 
     def needed(self) -> dict[int, int]:
         """expert -> number of tokens, in order of *last* use: the end of the prompt comes last."""
         if len(self.ids) == 1 and len(once := dict.fromkeys(self.ids[0], 1)) == len(self.ids[0]):
+            once.pop(NOBODY, None)
             return once
         count: dict[int, int] = {}
         for row in self.ids:
             for e in row:
                 count[e] = count.pop(e, 0) + 1
+        count.pop(NOBODY, None)
         return count
 
 
@@ -255,7 +265,8 @@ class Counters:
     """What happened, counted by the director and the runtime, never by a policy. Monotonic;
     subtract two snapshots.
 
-    substituted, skipped: (token, rank) pairs that ran as another expert, or not at all.
+    substituted, skipped: (token, rank) pairs that ran as another expert, or not at all; the masses
+    are the router's weights of those pairs (a token's weights mostly sum to 1).
     hit: resident at lookup. late: in flight at lookup. miss: neither. One lookup per (event,
     expert).
     Stall: seconds the compute thread waited for an expert.
@@ -267,6 +278,8 @@ class Counters:
     misses: int = 0
     substituted: int = 0
     skipped: int = 0
+    substituted_mass: float = 0.0
+    skipped_mass: float = 0.0
     evictions: int = 0
     demand_bytes: int = 0
     prefetch_bytes: int = 0
@@ -299,6 +312,27 @@ class Counters:
         """Share of the experts that had to come from the slower tier that were speculated."""
         needed = self.prefetch_used + self.misses
         return self.prefetch_used / needed if needed else 0.0
+
+    def count_changes(self, asked: LayerEvent, runs: LayerEvent) -> None:
+        """What a route transform changed: pairs whose expert does not run for that token. A row
+        that leaves experts out changes nobody else."""
+        for old, weights, new in zip(asked.ids, asked.weights, runs.ids, strict=True):
+            gone = [w for e, w in zip(old, weights, strict=True) if e not in new]
+            left_out = list(new).count(NOBODY)
+            if left_out:
+                self.skipped += left_out
+                self.skipped_mass += sum(gone)
+            else:
+                self.substituted += len(gone)
+                self.substituted_mass += sum(gone)
+
+    def count_left_out(self, event: LayerEvent, experts: Sequence[ExpertId]) -> None:
+        """What a resolver left out: every pair of these experts."""
+        names = {e.expert for e in experts}
+        for ids, weights in zip(event.ids, event.weights, strict=True):
+            gone = [w for e, w in zip(ids, weights, strict=True) if e in names]
+            self.skipped += len(gone)
+            self.skipped_mass += sum(gone)
 
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))

@@ -74,7 +74,7 @@ class Engine:
         self.model = load(source, options.pop("memory", "auto"), on_status=on_status, **options)
         self.plan: planning.Plan = self.model.understudy.plan
         self.checkpoint: Checkpoint = self.model.understudy.anatomy.checkpoint
-        self.tokenizer = _tokenizer(self.checkpoint.path)
+        self.tokenizer = tokenizer_in(self.checkpoint.path)
 
     def __enter__(self) -> Engine:
         return self
@@ -184,7 +184,7 @@ class Engine:
         return settings
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_in(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:

@@ -2,7 +2,8 @@
 
 Knows: two loaded models, token ids, next-token distributions. Does not know: what makes the models
 differ. The windows of a text are scored each in one forward: a *format* changes no step by what is
-in the cache, so scoring step by step would give the same (policies that look at residency need it).
+in the cache, so scoring step by step would give the same (policies that look at residency need it:
+`quality`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scores:
+class TokenScores:
     """One number per token: both NLLs, the KL, whether both like the same token best."""
 
     exact: np.ndarray
@@ -64,7 +65,7 @@ def distance(
     if not scored:
         raise ValueError("a text of at least two tokens is needed")
     return _summary(
-        _Scores(
+        TokenScores(
             *(
                 np.concatenate([getattr(s, f) for s in scored])
                 for f in ("exact", "other", "kl", "same")
@@ -73,16 +74,21 @@ def distance(
     )
 
 
-def _window(exact: Any, other: Any, tokens: torch.Tensor) -> _Scores:
+def _window(exact: Any, other: Any, tokens: torch.Tensor) -> TokenScores:
     with torch.inference_mode():
         logits = [m(input_ids=tokens[None], use_cache=False).logits[0, :-1] for m in (exact, other)]
-        parts = [
-            _rows(a.float(), b.float(), following)
-            for a, b, following in zip(
-                *(torch.split(t, ROWS_AT_ONCE) for t in (*logits, tokens[1:])), strict=True
-            )
-        ]
-    return _Scores(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
+        return compared(logits[0], logits[1], tokens[1:])
+
+
+def compared(exact: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> TokenScores:
+    """Logits [T, V] of both and the tokens [T] that followed; a few rows at a time."""
+    parts = [
+        _rows(a.float(), b.float(), tokens)
+        for a, b, tokens in zip(
+            *(torch.split(t, ROWS_AT_ONCE) for t in (exact, other, following)), strict=True
+        )
+    ]
+    return TokenScores(*(torch.cat(column).double().numpy() for column in zip(*parts, strict=True)))
 
 
 def _rows(
@@ -90,11 +96,12 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     p, q = a.log_softmax(-1), b.log_softmax(-1)
     nll, other = (-x.gather(1, following[:, None])[:, 0] for x in (p, q))
-    kl = (p.exp() * (p - q)).sum(-1)
+    # What the exact run rules out (-inf) weighs nothing, whatever the other one makes of it.
+    kl = (p.exp() * (p - q)).where(p > -torch.inf, 0.0).sum(-1)
     return nll, other, kl, (a.argmax(-1) == b.argmax(-1)).float()
 
 
-def _summary(s: _Scores) -> Distance:
+def _summary(s: TokenScores) -> Distance:
     low, high = _interval(s.other - s.exact)
     return Distance(
         tokens=len(s.exact),

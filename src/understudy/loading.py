@@ -9,6 +9,7 @@ terminals, HTTP.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,16 +32,17 @@ from understudy.core import (
     LayerEvent,
     UnderstudyError,
 )
-from understudy.experts import kernels
+from understudy.experts import foresight, kernels
 from understudy.experts.compute import ExpertMlp
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import Store, slot_bytes
 from understudy.experts.transfer import StoreSource, TransferQueue
-from understudy.policies import Predictor
+from understudy.policies import Predictor, RouteTransform
 from understudy.policies.director import Director
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency
+from understudy.profile import Profile
 from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
 
 DEFAULT_CONTEXT = 4096
@@ -67,8 +69,14 @@ class Options:
     kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
-    slots: int | None = None  # instead of as many as fit; benchmarks compare equal caches
+    # Instead of as many as fit; benchmarks compare equal caches. "50%" of all experts; "2k": two
+    # layers' worth of one token's experts, k being how many a token uses.
+    slots: int | str | None = None
     self_switch: bool = True  # speculation switches itself off while it loses
+    route: str = "as-routed"  # who runs; everything else but as-routed is lossy
+    resolver: str = "fetch"  # what is done about a miss
+    profile: str | Path | None = None  # what was learned offline (`understudy profile`)
+    seed: int = 0  # of the policies that draw
 
     def __post_init__(self) -> None:
         kernels.parse(self.kernel)
@@ -292,6 +300,8 @@ class Handle:
             "evictor": o.evictor,
             "predictor": o.predictor,
             "depth": o.depth,
+            "route": o.route,
+            "resolver": o.resolver,
             "kernel": ",".join(self.kernels),
             "frame": "eager" if self.frame is None else f"{self.frame.compiled} layers compiled",
             "speculating": self.runtime.director.switch.on,
@@ -333,7 +343,7 @@ def load(
     """
     asked = chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
-    require(chosen.evictor, chosen.predictor)
+    require(chosen.evictor, chosen.predictor, chosen.route, chosen.resolver)
     anatomy = Anatomy.of(source)
     dtype = anatomy.dtype(chosen.dtype)
     total = planning.parse_memory(chosen.memory, anatomy.checkpoint.nbytes)
@@ -347,15 +357,17 @@ def load(
         dtype,
         anatomy.unpacked_dense(dtype),
     )
+    minds = _Minds.of(anatomy, chosen, model)
     kv = guest.kv_cache_bytes(model, context)
     if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):
         chosen = replace(chosen, prefill_chunk_size=None)
-    plan = _fit(anatomy, chosen, total, _resident_bytes(model), kv, context, dtype)
+    learned = 0 if minds.foresight is None else minds.foresight.nbytes
+    plan = _fit(anatomy, chosen, total, _resident_bytes(model) + learned, kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
-    runtime, choices = _assemble(anatomy, chosen, plan, model)
-    built = _frame(anatomy, chosen, model, runtime, say)
-    guest.attach(model, runtime, anatomy.modules)
+    runtime, choices = _assemble(anatomy, chosen, plan, model, minds)
+    built = None if minds.needs_residual else _frame(anatomy, chosen, model, runtime, say)
+    guest.attach(model, runtime, anatomy.modules, residuals=minds.needs_residual)
     model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built)
     for note in (*_given_up(asked, chosen, runtime), *_slower(choices)):
         say(note)
@@ -427,10 +439,27 @@ def _fit(
         context=context,
         expert_bytes=a.expert_bytes,
         predictors=_predictor(a, o).nbytes,
-        slots=o.slots,
+        slots=_slots(a, o),
         name=a.name,
         format_in_words=a.format_in_words(),
     )
+
+
+def _slots(a: Anatomy, o: Options) -> int | None:
+    if not isinstance(o.slots, str):
+        return o.slots
+    k = guest.experts_per_token(a.checkpoint.config)
+    times = {"%": len(a.layouts) / 100, "k": k}.get(o.slots[-1:], 1)
+    try:
+        slots = int(float(o.slots.rstrip("%k")) * times)
+    except ValueError:
+        slots = 0
+    if slots < 1:
+        raise UnderstudyError(
+            f"--slots {o.slots!r} means nothing here; use a number, 50% of all experts, or 2k for "
+            f"{2 * k}"
+        )
+    return max(planning.MINIMUM_SLOTS, slots)
 
 
 def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
@@ -449,14 +478,71 @@ def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
 
 def _predictor(a: Anatomy, o: Options) -> Predictor:
     experts = [m.num_experts for m in a.modules]
-    found: Predictor = PREDICTORS.get(o.predictor)(
-        layers=len(experts), experts=experts, depth=o.depth
+    found: Predictor = PREDICTORS.make(
+        o.predictor, layers=len(experts), experts=experts, depth=o.depth
     )
     return found
 
 
+def fingerprint(a: Anatomy, model: Any) -> str:
+    """Of what a profile depends on: the routers, and the shapes of the experts."""
+    digest = hashlib.sha256(repr([(m.num_experts, dict(m.params)) for m in a.modules]).encode())
+    for router in guest.routers(model, a.modules):
+        for tensor in () if router is None else (*router.parameters(), *router.buffers()):
+            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Minds:
+    """Who decides beside evictor and predictor, and what was learned for them."""
+
+    route: RouteTransform
+    foresight: foresight.Foresight | None
+
+    @property
+    def needs_residual(self) -> bool:
+        return self.foresight is not None and self.foresight.needs_residual
+
+    @classmethod
+    def of(cls, a: Anatomy, o: Options, model: Any) -> _Minds:
+        profile = None if o.profile is None else Profile.load(o.profile, fingerprint(a, model))
+        experts = [m.num_experts for m in a.modules]
+        route: RouteTransform = ROUTES.make(
+            o.route, layers=len(experts), experts=experts, learned=profile, seed=o.seed
+        )
+        predictor = _predictor(a, o)
+        kind = predictor.foresight
+        if kind not in ("router-input", "drift") and profile is None:
+            raise UnderstudyError(
+                f"predictor {o.predictor} needs a profile of this model: make one with "
+                "`understudy profile` and pass it as --profile"
+            )
+        if route.wants_foretold and not predictor.lookahead:
+            raise UnderstudyError(
+                f"route {o.route} needs a predictor that looks ahead; add --predictor next-gate"
+            )
+        if route.wants_scores and None in guest.routers(model, a.modules):
+            raise UnderstudyError(
+                f"route {o.route} needs the router's scores, and {a.name} has layers without a "
+                "router beside the experts; use --route as-routed"
+            )
+        shared = guest.shared_experts(model, a.modules)
+        if kind == "shared" and not any(shared):
+            raise UnderstudyError(
+                f"predictor {o.predictor}: {a.name} has no shared experts; use quasi-gate"
+            )
+        seen = foresight.make(kind, profile, shared)
+        if seen is not None and seen.needs_residual and o.frame == "compiled":
+            raise UnderstudyError(
+                f"predictor {o.predictor} reads the residual stream, which compiled layers do not "
+                "show; use --frame eager"
+            )
+        return cls(route, seen)
+
+
 def _assemble(
-    a: Anatomy, o: Options, plan: planning.Plan, model: Any
+    a: Anatomy, o: Options, plan: planning.Plan, model: Any, minds: _Minds
 ) -> tuple[Runtime, list[kernels.Choice]]:
     """Wire minds and hands: the one place that knows them all."""
     lock = threading.RLock()
@@ -465,10 +551,10 @@ def _assemble(
     speculate = o.predictor != "none" and plan.slots < plan.experts
     director = Director(
         book,
-        evictor=EVICTORS.get(o.evictor)(slots=plan.slots, layers=len(a.modules)),
+        evictor=EVICTORS.make(o.evictor, slots=plan.slots, layers=len(a.modules)),
         predictor=_predictor(a, o),
-        resolver=RESOLVERS.get("fetch")(),
-        route=ROUTES.get("as-routed")(),
+        resolver=RESOLVERS.make(o.resolver),
+        route=minds.route,
         switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),
         nbytes=store.nbytes,
         ample=plan.slots >= plan.experts,
@@ -489,7 +575,7 @@ def _assemble(
         transfer=transfer,
         lock=lock,
         mlps=mlps,
-        lookahead=Lookahead(guest.routers(model, a.modules), _products(mlps)),
+        lookahead=Lookahead(guest.routers(model, a.modules), _products(mlps), minds.foresight),
     ), choices
 
 

@@ -374,8 +374,30 @@ def routers(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[nn.Modul
     return found
 
 
-def attach(model: Any, seam: Seam, experts: Sequence[ExpertsModule]) -> None:
-    """Connect every Experts module to ``seam``, and tell the seam about every forward."""
+def shared_experts(model: nn.Module, experts: Sequence[ExpertsModule]) -> list[Any]:
+    """For each Experts module a function of the router's input that answers what the shared experts
+    beside it add, or ``None``."""
+    return [_shared(model.get_submodule(e.name.rpartition(".")[0])) for e in experts]
+
+
+def _shared(block: Any) -> Any:
+    shared = getattr(block, "shared_experts", None) or getattr(block, "shared_expert", None)
+    gate = getattr(block, "shared_expert_gate", None)
+    if not isinstance(shared, nn.Module):
+        return None
+    if isinstance(gate, nn.Module):
+        return lambda x: torch.sigmoid(gate.forward(x)) * shared.forward(x)
+    return shared.forward
+
+
+def attach(
+    model: Any, seam: Seam, experts: Sequence[ExpertsModule], *, residuals: bool = False
+) -> None:
+    """Connect every Experts module to ``seam``, and tell the seam about every forward.
+
+    ``residuals``: keep the residual stream in front of each router too (`Forward.residuals`)."""
+    if residuals:
+        watch_residuals(model, experts)
     for layer, module in enumerate(guests(model)):
         module.seam, module.moe_layer = seam, layer
     for layer, router in enumerate(routers(model, experts)):
@@ -392,6 +414,39 @@ def _capture(layer: int) -> Callable[..., None]:
         forward = current_forward.get()
         if forward is not None:
             forward.router_args = {layer: (args, kwargs)}
+
+    return hook
+
+
+def watch_residuals(model: nn.Module, experts: Sequence[ExpertsModule]) -> None:
+    """From now on every forward knows the residual stream in front of each router, and its norm:
+    the norm of the decoder layer whose output is what the router reads."""
+    for layer, router in enumerate(routers(model, experts)):
+        if router is None:
+            continue
+        calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+        for norm in _norms_beside(model, experts[layer].name):
+            norm.register_forward_hook(lambda m, args, out, c=calls: c.append((m, args[0], out)))
+        router.register_forward_pre_hook(_capture_residual(layer, calls))
+
+
+def _norms_beside(model: nn.Module, name: str) -> list[nn.Module]:
+    """The norms among the children of the decoder layer that holds module ``name``."""
+    while name:
+        name, _, last = name.rpartition(".")
+        if last.isdigit():
+            layer = model.get_submodule(f"{name}.{last}")
+            return [m for m in layer.children() if "norm" in type(m).__name__.lower()]
+    return []
+
+
+def _capture_residual(layer: int, calls: list[Any]) -> Callable[..., None]:
+    def hook(router: nn.Module, args: Any) -> None:
+        forward = current_forward.get()
+        if forward is not None and args:
+            mine = [c for c in calls if c[2].data_ptr() == args[0].data_ptr()]
+            forward.residuals = {layer: mine[-1][:2]} if mine else {}
+        calls.clear()
 
     return hook
 

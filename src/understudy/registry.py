@@ -11,9 +11,45 @@ import difflib
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import isfunction, signature
 from typing import Any
 
 from understudy.core import UnknownName
+
+# What the engine tells a policy; everything else in its signature is a parameter.
+CONTEXT = ("slots", "layers", "experts", "depth", "learned", "seed", "future")
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """``buddy:rho=3:stand_in=random`` -> ("buddy", {"rho": 3, "stand_in": "random"})."""
+    name, *given = text.strip().split(":")
+    parameters = {}
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not equals or not key or not value:
+            raise UnknownName(f"{text!r}: parameters are written name:key=value:key=value")
+        parameters[key] = _value(value)
+    return name, parameters
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _own_parameters(cls: Any) -> list[str]:
+    """Named parameters of a class and of those it passes the rest on to."""
+    found: dict[str, None] = {}
+    for one in getattr(cls, "__mro__", ()):
+        made = vars(one).get("__init__")
+        if isfunction(made):
+            parameters = signature(made).parameters.values()
+            found |= dict.fromkeys(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return list(found)
 
 
 class Registry:
@@ -49,6 +85,28 @@ class Registry:
         if name not in self._objects:
             self._objects[name] = self._load(name)
         return self._objects[name]
+
+    def make(self, text: str, **context: Any) -> Any:
+        """``name`` or ``name:key=value:key=value`` -> an instance, made with ``context`` and these
+        parameters."""
+        name, parameters = parse(text)
+        cls = self.get(name)
+        self._check_parameters(name, cls, parameters)
+        return cls(**context, **parameters)
+
+    def check(self, text: str) -> None:
+        """Complain about a name or a parameter that does not exist, without making anything."""
+        name, parameters = parse(text)
+        self._check_parameters(name, self.get(name), parameters)
+
+    def _check_parameters(self, name: str, cls: Any, parameters: Mapping[str, Any]) -> None:
+        known = [p for p in _own_parameters(cls) if p not in CONTEXT]
+        for given in parameters:
+            if given not in known:
+                raise UnknownName(
+                    f"{self.kind} {name!r} has no parameter {given!r}; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
 
     def _load(self, name: str) -> Any:
         if name in self._builtin:
@@ -91,21 +149,17 @@ PREDICTORS = Registry(
         "last-token": "understudy.policies.predict:LastToken",
         "popularity": "understudy.policies.predict:Popularity",
         "next-gate": "understudy.policies.predict:NextGate",
+        "residual-gate": "understudy.policies.predict:ResidualGate",
+        "quasi-gate": "understudy.policies.predict:QuasiGate",
+        "drift-gate": "understudy.policies.predict:DriftGate",
+        "shared-gate": "understudy.policies.predict:SharedGate",
+        "estimator": "understudy.policies.predict:Estimated",
+        "hybrid": "understudy.policies.predict:Hybrid",
     },
     group="understudy.predictors",
 )
 
 ORACLES = ("belady",)  # they need to know the future, which only a recorded trace has
-
-
-def require(evictor: str, predictor: str) -> None:
-    """Complain about a mistyped policy before anything slow begins."""
-    EVICTORS.get(evictor)
-    PREDICTORS.get(predictor)
-    if evictor in ORACLES:
-        raise UnknownName(
-            f"evictor {evictor!r} knows the future and can only replay traces; use lru or lfu"
-        )
 
 
 RESOLVERS = Registry(
@@ -116,9 +170,35 @@ RESOLVERS = Registry(
 
 ROUTES = Registry(
     "route transform",
-    {"as-routed": "understudy.policies.route:AsRouted"},
+    {
+        "as-routed": "understudy.policies.route:AsRouted",
+        "speculated": "understudy.policies.route:Speculated",
+        "verified": "understudy.policies.route:Verified",
+        "buddy": "understudy.policies.buddy:Buddy",
+    },
     group="understudy.routes",
 )
+
+
+def require(
+    evictor: str, predictor: str, route: str = "as-routed", resolver: str = "fetch"
+) -> None:
+    """Complain about a mistyped policy before anything slow begins."""
+    EVICTORS.check(evictor)
+    PREDICTORS.check(predictor)
+    ROUTES.check(route)
+    RESOLVERS.check(resolver)
+    if evictor in ORACLES:
+        raise UnknownName(
+            f"evictor {evictor!r} knows the future and can only replay traces; use lru or lfu"
+        )
+
+
+def is_exact(route: str, resolver: str = "fetch") -> bool:
+    """Whether these policies declare that they never change what is computed."""
+    parts = ROUTES.get(parse(route)[0]), RESOLVERS.get(parse(resolver)[0])
+    return all(part.exactness.value != "lossy" for part in parts)
+
 
 FORMATS = Registry(
     "weight format",

@@ -70,7 +70,7 @@ class Engine:
             experts=LAYERS * EXPERTS,
             context=settings.get("max_context") or CONTEXT,
             expert_bytes=EXPERT_BYTES,
-            slots=settings.get("slots"),
+            slots=slots if isinstance(slots := settings.get("slots"), int) else None,
             name=Path(source).name,
         )
         self._events: list[LayerEvent] | None = None
@@ -110,6 +110,7 @@ class Engine:
         on_text: Callable[[str], None] | None = None,
         ignore_eos: bool = False,
         keep_logits: bool = False,
+        dictated: Sequence[int] = (),
     ) -> Generation:
         ids = self.encode(prompt)
         if len(ids) + max_new_tokens > self.plan.context:

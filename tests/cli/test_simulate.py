@@ -35,7 +35,7 @@ HALF = ("--memory", "50%")
 def traces(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the next trace that is read will say: two layers of eight experts of one MiB."""
     events = at_random(1, steps=30, layers=2, experts=8, k=2)
-    shape = SimpleNamespace(model="tiny", experts=(8, 8), expert_bytes=(MIB, MIB))
+    shape = SimpleNamespace(model="tiny", experts=(8, 8), expert_bytes=(MIB, MIB), top_k=2)
     found = SimpleNamespace(shape=shape, events=events)
     fake = ModuleType("understudy.trace")
     fake.__dict__.update(read=lambda path: found, import_csv=lambda path: found)
@@ -84,6 +84,11 @@ def test_the_table(understudy: Command, traces: SimpleNamespace) -> None:
     assert ended.out.splitlines()[2].split()[:8] == [
         "8", "MiB", "(50", "%)", "2", "GB/s", "no-cache", "0.0",
     ]  # fmt: skip
+
+
+def test_slots_may_be_told_in_k(understudy: Command, traces: SimpleNamespace) -> None:
+    ended = understudy("simulate", "t.parquet", *HALF, "--policies", "paper-on-demand", "--json")
+    assert [row["slots"] for row in ended.json["rows"]] == [4, 8]
 
 
 def test_the_frame_is_per_token(understudy: Command, traces: SimpleNamespace) -> None:
@@ -177,6 +182,8 @@ def test_costs_measured_on_a_model(
     [
         (["--policies", "lruu"], "did you mean 'lru'"),
         ([*HALF, "--policies", "lrfu+next-gate"], "take last-token or popularity"),
+        ([*HALF, "--policies", "lru+next-gate+speculated"], "has no look-ahead; record one"),
+        ([*HALF, "--policies", "lru+buddy"], "needs a profile of this model"),
         (["--memory", "1MiB"], "the smallest --memory is 2097152"),
         (["--memory", "auto"], "write 10%,50% or 8GiB"),
         (["--memory", "much"], "write 8GiB"),

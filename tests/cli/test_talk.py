@@ -48,6 +48,7 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         *("--evictor", "lfu", "--io-threads", "8", "--no-direct-io", "--dtype", "float32"),
         *("--max-context", "200", "--prefill-chunk-size", "64", "--threads", "1"),
         *("--kernel", "native:4", "--frame", "eager"),
+        *("--route", "buddy:rho=2", "--profile", "p.safetensors", "--slots", "50%"),
     )
     settings = engine.Engine.made[0]
     del settings["on_status"]
@@ -64,6 +65,10 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         "dtype": "float32",
         "threads": 1,
         "direct_io": False,
+        "route": "buddy:rho=2",
+        "resolver": "fetch",
+        "slots": "50%",
+        "profile": Path("p.safetensors"),
     }
 
 

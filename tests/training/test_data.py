@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from training import data, tasks, tokenizer
+from training import data, tokenizer
+from understudy import tasks
 
 PROBLEMS = list(itertools.islice(tasks.problems(seed=2, held=False), 300))
 

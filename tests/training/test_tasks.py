@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from training import tasks
+from understudy import tasks
 
 LEVELS = {task: levels + tasks.LONGER.get(task, ()) for task, levels in tasks.LEVELS.items()}
 CASES = [(task, level) for task, levels in LEVELS.items() for level in levels]

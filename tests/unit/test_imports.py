@@ -17,11 +17,34 @@ SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 # Rooms of one floor never import each other, except where they stand in one cell.
 FLOORS: list[list[set[str]]] = [
     [{"core", "registry"}],
-    [{"policies"}, {"checkpoint"}, {"formats"}, {"trace"}, {"widen"}, {"native"}],
+    [
+        {"policies"},
+        {"checkpoint"},
+        {"formats"},
+        {"trace"},
+        {"profile"},
+        {"widen"},
+        {"native"},
+        {"tasks"},
+        {"texts"},
+        {"intervals"},
+    ],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
-    [{"simulate"}, {"plan"}],
-    [{"engine", "loading", "evaluate", "packing"}],
-    [{"cli", "serve", "bench", "demo", "__init__", "__main__"}],
+    [{"simulate"}, {"plan"}, {"summary"}],
+    [{"engine", "loading", "evaluate", "packing", "learn"}],
+    [
+        {
+            "cli",
+            "serve",
+            "bench",
+            "compare",
+            "demo",
+            "quality",
+            "lm_harness",
+            "__init__",
+            "__main__",
+        },
+    ],
 ]
 
 # What a mind has no business with: files, threads, clocks, tensors.

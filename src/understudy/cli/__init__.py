@@ -1,9 +1,8 @@
-"""The command line: ``understudy run``, ``chat``, ``bench``, ``pack``, ``inspect``, ...
+"""The command line: ``understudy run``, ``chat``, ``bench``, ``pack``, ``profile``, ...
 
 Knows: the commands, and how each way of ending becomes an exit code: 0 done, 1 the answer is no,
 2 the user can cure it (one line says how), 130 interrupted.
-Does not know: what a command does. `talk`, `measure`, `look`, `pack` and `simulate` hold one
-group of commands each.
+Does not know: what a command does. Each module beside this one holds one group of commands.
 
 Nothing heavy is imported before a command runs: ``--help`` and typing errors answer at once.
 """
@@ -16,7 +15,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from understudy.cli import look, measure, pack, screen, simulate, talk
+from understudy.cli import (
+    compare,
+    evaluate,
+    look,
+    measure,
+    pack,
+    profile,
+    screen,
+    simulate,
+    talk,
+    trace,
+)
 from understudy.core import UnderstudyError
 
 DONE, CURABLE, INTERRUPTED = 0, 2, 130
@@ -64,11 +74,15 @@ for command in (
     measure.bench,
     look.inspect,
     pack.pack,
+    trace.trace,
     simulate.simulate,
+    profile.profile,
+    compare.compare,
     measure.doctor,
     look.families,
 ):
     app.command()(command)
+app.command("eval")(evaluate.evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

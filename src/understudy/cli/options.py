@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from understudy.registry import EVICTORS, ORACLES, PREDICTORS, require
+from understudy.registry import EVICTORS, ORACLES, PREDICTORS, RESOLVERS, ROUTES, require
 
 
 def option(*names: str, help: str, **more: Any) -> Any:
@@ -89,13 +90,41 @@ class EngineOptions:
             metavar="NAME",
         ),
     ] = "auto"
+    slots: Annotated[
+        str | None,
+        option(
+            "--slots",
+            help="Experts held, at most: a number, 50% of all, or 2k for two layers' worth.",
+            metavar="N",
+        ),
+    ] = None
+    route: Annotated[
+        str,
+        option(
+            "--route",
+            help=f"Who runs: {', '.join(ROUTES.builtin_names)}; all but the first are lossy.",
+            metavar="NAME",
+        ),
+    ] = "as-routed"
+    resolver: Annotated[
+        str,
+        option(
+            "--resolver",
+            help=f"What a miss does: {', '.join(RESOLVERS.builtin_names)}.",
+            metavar="NAME",
+        ),
+    ] = "fetch"
+    profile: Annotated[
+        Path | None,
+        option("--profile", help="What was learned about this model offline.", metavar="FILE"),
+    ] = None
     direct_io: Annotated[
         bool, option("--direct-io/--no-direct-io", help="Read past the page cache.")
     ] = True
 
     def check_names(self) -> None:
         """Complain about a mistyped policy before anything slow begins."""
-        require(self.evictor, self.predictor)
+        require(self.evictor, self.predictor, self.route, self.resolver)
 
     def as_arguments(self) -> dict[str, Any]:
         return asdict(self)

@@ -259,6 +259,9 @@ class Batch:
             spans = zip(starts, counts.tolist(), strict=True)
             self._spans = dict(zip(found.tolist(), spans, strict=True))
 
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._spans
+
     def compute_many(self, experts: Sequence[tuple[int, Weights]], mlp: ExpertMlp) -> None:
         """Run several experts, each on its tokens, and keep the results."""
         most = mlp.most_native(experts[0][1], self.x.dtype) if experts else 0
@@ -288,11 +291,10 @@ class Batch:
         )
         fused(records, len(experts), self.x, self.out, self.token, self.order)
 
-    def skip(self, expert: int) -> int:
-        """Leave ``expert`` out: it contributes nothing. Returns to how many (token, rank) pairs."""
+    def skip(self, expert: int) -> None:
+        """Leave ``expert`` out: it contributes nothing."""
         start, n = self._spans[expert]
         self.out[self.order[start : start + n]] = 0
-        return n
 
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""

@@ -1,4 +1,4 @@
-"""Asks later layers' own routers about the current router input.
+"""Asks later layers' own routers about the current router input, or what a `Foresight` makes of it.
 
 Knows: router modules, and what they were called with in this forward. Does not know: what to do
 with the answer. It never re-implements a router; a router it cannot call that way is left out and
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from understudy.core import Forward
+from understudy.core import Forward, LayerEvent
+from understudy.experts.foresight import Foresight, NotForeseen
 
 Scored = tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]
 Products = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
@@ -25,28 +26,38 @@ Products = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 class Lookahead:
     """``routers``: per MoE layer, the router module, or ``None`` where there is none to call.
-    ``products``: (x [1, H], matrices) -> [1, all lines], where there is something quick."""
+    ``products``: (x [1, H], matrices) -> [1, all lines], where there is something quick.
+    ``foresight``: what routers are asked about instead of the current router input."""
 
     def __init__(
-        self, routers: Sequence[torch.nn.Module | None], products: Products | None = None
+        self,
+        routers: Sequence[torch.nn.Module | None],
+        products: Products | None = None,
+        foresight: Foresight | None = None,
     ) -> None:
-        self.routers = routers
+        self.routers, self.foresight = routers, foresight
         self.unavailable: dict[int, str] = {
             layer: "no router module beside the experts"
             for layer, router in enumerate(routers)
             if router is None
         }
+        self.unforeseen: dict[int, str] = {}  # layers that the foresight could not see last time
         self._shortcut = None if products is None else _Shortcut(routers, products)
 
     def ask(
-        self, forward: Forward | None, layer: int, depth: int, rows: torch.Tensor | None
+        self, forward: Forward | None, event: LayerEvent, depth: int, rows: torch.Tensor | None
     ) -> dict[int, Scored]:
-        """Later MoE layer -> (ids, weights) per real token and rank, up to ``depth`` layers on."""
+        """Later MoE layer -> (ids, weights) per real token and rank, up to ``depth`` layers on.
+        ``event``: the current one, as it is carried out."""
+        layer = event.layer
         if forward is None or layer not in forward.router_args:
             return {}
-        args, kwargs = forward.router_args[layer]
         end = min(layer + depth + 1, len(self.routers))
         asked = [later for later in range(layer + 1, end) if later not in self.unavailable]
+        if self.foresight is not None:
+            self.foresight.learn_norm(forward, layer)
+            return self._foresee(self.foresight, forward, event, asked)
+        args, kwargs = forward.router_args[layer]
         shortcut = self._shortcut if rows is None and _one_token(args, kwargs) else None
         answers = shortcut.ask(asked, args[0]) if shortcut else {}
         for later in asked:
@@ -57,6 +68,46 @@ class Lookahead:
                     if shortcut:
                         shortcut.compare(later, args[0], answer[0][0])
         return answers
+
+    def _foresee(
+        self, foresight: Foresight, forward: Forward, event: LayerEvent, asked: Sequence[int]
+    ) -> dict[int, Scored]:
+        answers: dict[int, Scored] = {}
+        for later in asked:
+            try:
+                x = foresight.router_input(forward, event.layer, later, event)
+            except NotForeseen as e:  # for now: norms are seen as layers run
+                self.unforeseen[later] = str(e)
+                continue
+            self.unforeseen.pop(later, None)
+            logits = foresight.logits(later, x)
+            args, kwargs = forward.router_args[event.layer]
+            if logits is not None:
+                answers[later] = _likeliest(logits, event)
+            elif answer := self._call(later, (x.view_as(args[0]), *args[1:]), kwargs, None):
+                answers[later] = answer
+        return answers
+
+    def scores(self, forward: Forward | None, layer: int, rows: Any) -> list[list[float]] | None:
+        """[T][E]: the probability of every expert by the layer's own router; ``None``: no router to
+        ask."""
+        chances = self.chances(forward, layer)
+        if chances is None:
+            return None
+        found: list[list[float]] = (chances if rows is None else chances[rows]).tolist()
+        return found
+
+    def chances(self, forward: Forward | None, layer: int) -> torch.Tensor | None:
+        """[T, E], padding too. Asks the router again: families differ in what they hand to their
+        experts."""
+        if forward is None or layer not in forward.router_args or self.routers[layer] is None:
+            return None
+        router: Any = self.routers[layer]
+        args, kwargs = forward.router_args[layer]
+        answer = router.forward(*args, **kwargs)
+        tensors = [t for t in _tensors(answer) if t.is_floating_point()]
+        widest = max(tensors, key=lambda t: t.shape[-1]).flatten(0, -2).float()
+        return widest if _are_chances(widest) else widest.softmax(-1)
 
     def _call(self, later: int, args: Any, kwargs: Any, rows: torch.Tensor | None) -> Scored | None:
         router = self.routers[later]
@@ -75,12 +126,30 @@ class Lookahead:
 def _choice(answer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts and weights out of a router's answer: the last integer tensor [T, k] and the float
     tensor of the same shape (families differ in what else they return)."""
-    tensors = [t for t in answer if isinstance(t, torch.Tensor)]
+    tensors = _tensors(answer)
     ids = [t for t in tensors if not t.is_floating_point()][-1].flatten(0, -2)
     for t in reversed(tensors):
         if t.is_floating_point() and t.flatten(0, -2).shape == ids.shape:
             return ids, t.flatten(0, -2)
     return ids, torch.ones_like(ids, dtype=torch.float32)
+
+
+def _tensors(answer: Any) -> list[torch.Tensor]:
+    parts = (answer,) if isinstance(answer, torch.Tensor) else answer
+    return [t for t in parts if isinstance(t, torch.Tensor)]
+
+
+def _are_chances(x: torch.Tensor) -> bool:
+    """Whether the rows are probabilities already; some routers hand out those, others logits."""
+    return bool((x >= 0).all()) and bool(((x.sum(-1) - 1).abs() < 0.02).all())
+
+
+def _likeliest(logits: torch.Tensor, event: LayerEvent) -> Scored:
+    """As many experts per token as the current event has; their weights sum to what its weights
+    sum to."""
+    top = logits.topk(len(event.ids[0]))
+    sums = torch.tensor([sum(row) for row in event.weights])
+    return top.indices.tolist(), (top.values.softmax(-1) * sums.unsqueeze(-1)).tolist()
 
 
 # ---------------------------------------------------------------------------------- the short way

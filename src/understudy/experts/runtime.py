@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from understudy.core import (
+    NOBODY,
     Costs,
     Counters,
     ExpertId,
@@ -46,7 +47,21 @@ PATIENCE = 0.2  # seconds between looks at Ctrl-C while a read is slow
 _NOTHING = nullcontext()
 
 # Counters that the runtime fills; the rest is filled where plans are made.
-_OF_THE_HANDS = ("substituted", "skipped", "stall_seconds", "expert_seconds", "steps", "tokens")
+_OF_THE_HANDS = (
+    "substituted", "skipped", "substituted_mass", "skipped_mass",
+    "stall_seconds", "expert_seconds", "steps", "tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One event, for whoever learns from it: ``event`` as it was carried out, ``forward`` with the
+    router's arguments, x [T, H] and out [T, k, H], every expert's own output, unweighted."""
+
+    event: LayerEvent
+    forward: Forward | None
+    x: torch.Tensor
+    out: torch.Tensor
 
 
 class Runtime:
@@ -65,6 +80,8 @@ class Runtime:
         self.director, self.store, self.transfer = director, store, transfer
         self.mlps, self.lookahead = mlps, lookahead
         self.recording: list[LayerEvent] | None = None
+        self.watch: Callable[[Seen], None] | None = None
+        self.wants_scores = director.route.wants_scores
         self._lock = lock
         self._section = threading.Lock()
         self._costs = Costs()  # measured anew once per forward
@@ -144,6 +161,10 @@ class Runtime:
             requests=forward.requests if forward else (),
             costs=self._costs,
         )
+        if self.wants_scores:
+            event.scores = self.lookahead.scores(forward, call.layer, call.rows)
+        if forward is not None and self.director.route.wants_foretold:
+            event.foretold = forward.foretold.pop(call.layer, None)
         if self.recording is not None:
             event.weights = list(event.weights)  # tensors may be used again after this call
             self.recording.append(event)
@@ -154,18 +175,18 @@ class Runtime:
     ) -> torch.Tensor:
         with self._lock:
             plan = self.director.decide(event)
-            errand = None
-            if not self.director.ample or len(plan.hits) < len(plan.order):
+            errand, foretell = None, self.director.route.wants_foretold
+            if foretell or not self.director.ample or len(plan.hits) < len(plan.order):
                 errand = _Errand(self.director, self.transfer, plan)
         if errand is None:  # all are here, and nobody ever leaves
             batch, book = self._batch(call, event, plan), self.director.book
             self._compute(batch, call, [(e, book[e].index) for e in plan.order])
-            return batch.sum()
+            return self._sum(batch, call, plan.event)
         assert interrupts is not None, "an expert left a model that holds all of them"
         try:
             batch = self._batch(call, event, plan)
-            self._errand(call, plan, errand, batch, interrupts)
-            return batch.sum()
+            self._errand(call, event, plan, errand, batch, interrupts)
+            return self._sum(batch, call, plan.event)
         finally:
             with self._lock:
                 errand.release()
@@ -173,9 +194,16 @@ class Runtime:
                 self._settled = self.director.ample and not book.free and all(map(book.ready, book))
             self._clock.stall_seconds += errand.stall_seconds
 
+    def _sum(self, batch: Batch, call: _Call, event: LayerEvent) -> torch.Tensor:
+        if self.watch is not None:
+            out = batch.out.view(batch.tokens, batch.k, -1)
+            self.watch(Seen(event, call.forward, batch.x, out))
+        return batch.sum()
+
     def _errand(
-        self, call: _Call, plan: LayerPlan, errand: _Errand, batch: Batch, interrupts: Deferred
-    ) -> None:
+        self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand, batch: Batch,
+        interrupts: Deferred,
+    ) -> None:  # fmt: skip
         """Compute hits while loads fly, then each load as it lands. A free link gets its guesses
         before anything is computed, a busy one after the hits: asking takes time."""
         asked = False
@@ -184,7 +212,7 @@ class Runtime:
                 ready = errand.take_ready(interrupts)
             if not asked and (not ready or not errand.loading):
                 asked = True
-                self._look_ahead(call, plan.event, errand)
+                self._look_ahead(call, event, plan, errand)
             if not ready:
                 with self._lock:
                     ready = errand.next_ready(interrupts)
@@ -192,30 +220,39 @@ class Runtime:
             with self._lock:
                 errand.computed(ready)
         if not asked:
-            self._look_ahead(call, plan.event, errand)
+            self._look_ahead(call, event, plan, errand)
 
     def _compute(self, batch: Batch, call: _Call, ready: Sequence[tuple[ExpertId, int]]) -> None:
         found = [(e.expert, self.store.weights(e, slot)) for e, slot in ready]
         batch.compute_many(found, self.mlps[call.layer])
 
-    def _look_ahead(self, call: _Call, event: LayerEvent, errand: _Errand) -> None:
-        """Ask later routers, and offer what the minds make of it to the idle link."""
+    def _look_ahead(self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand) -> None:
+        """Ask later routers, and offer what the minds make of it to the idle link. ``event`` is as
+        the router wanted it; whoever records it wants to know what was foreseen."""
         depth = self.director.predictor.lookahead if self.director.switch.on else 0
-        if depth:
-            event.lookahead = self.lookahead.ask(call.forward, call.layer, depth, call.rows)
+        foretell = self.director.route.wants_foretold and plan.event.phase is Phase.DECODE
+        if depth or foretell:
+            found = self.lookahead.ask(call.forward, plan.event, max(1, depth), call.rows)
+            event.lookahead = plan.event.lookahead = found
+            if foretell and call.forward is not None and call.layer + 1 in found:
+                ids, weights = found[call.layer + 1]
+                call.forward.foretold = {call.layer + 1: (ids, list(weights))}
         with self._lock:
-            errand.offer(self.director.foresee(event))
+            errand.offer(self.director.foresee(plan.event))
 
     def _batch(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Batch:
         """The tokens by expert; what a policy changed about them is counted here."""
         weights = call.weights
         if plan.event is not event:
             weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
-            for asked, runs in zip(event.ids, plan.event.ids, strict=True):
-                self._clock.substituted += sum(a != b for a, b in zip(asked, runs, strict=True))
+            self._clock.count_changes(event, plan.event)
         batch = Batch(call.x, plan.event.ids, weights)
+        if NOBODY in batch:
+            batch.skip(NOBODY)
+        if plan.skipped:
+            self._clock.count_left_out(plan.event, plan.skipped)
         for expert in plan.skipped:
-            self._clock.skipped += batch.skip(expert.expert)
+            batch.skip(expert.expert)
         return batch
 
     # ------------------------------------------------------------------------------------ the end

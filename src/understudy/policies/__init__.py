@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from typing import Protocol
 
 from understudy.core import ExpertId, Guess, LayerEvent
 from understudy.policies.residency import Residency
@@ -67,6 +68,7 @@ class Predictor:
     exactness = Exactness.BIT_EXACT
     nbytes = 0
     lookahead = 0  # how many later routers this predictor wants scored (the runtime calls them)
+    foresight = "router-input"  # and about what: a name of `experts.foresight`
 
     def __init__(self, *, layers: int, experts: Sequence[int], depth: int = 1) -> None:
         """``experts``: how many experts each MoE layer has. ``depth``: layers to look ahead."""
@@ -84,11 +86,42 @@ class Predictor:
         for the others."""
 
 
+class Learned(Protocol):
+    """What a profile says of a model (`understudy.profile.Profile` is one), as plain values.
+
+    Lists per MoE layer: how often two experts were chosen for one token (``[E][E]``), how alike
+    their outputs are (cosine, ``[E][E]``), and the percentiles 0..100 of the normalised entropy of
+    the router's choice.
+    """
+
+    @property
+    def coactivation(self) -> Sequence[Sequence[Sequence[float]]]: ...
+    @property
+    def similarity(self) -> Sequence[Sequence[Sequence[float]]]: ...
+    @property
+    def entropy(self) -> Sequence[Sequence[float]]: ...
+
+
 class RouteTransform:
     """Decides who runs. The *only* place that may change which expert runs, or its weight.
-    May never move bytes. Gets the event and the book, answers an event."""
+    May never move bytes. Gets the event and the book, answers an event: the same object where
+    nothing changes. `core.NOBODY` in place of an expert leaves that (token, rank) out."""
 
     exactness = Exactness.BIT_EXACT
+    wants_scores = False  # needs ``event.scores``
+    wants_foretold = False  # needs ``event.foretold``
+
+    def __init__(
+        self,
+        *,
+        layers: int = 0,
+        experts: Sequence[int] = (),
+        learned: Learned | None = None,
+        seed: int = 0,
+    ) -> None:
+        """``experts``: how many each MoE layer has. ``learned``: a profile of this model, where the
+        user gave one. Further keywords are parameters: ``buddy:rho=3`` passes ``rho=3``."""
+        self.layers, self.experts, self.learned, self.seed = layers, experts, learned, seed
 
     def transform(self, event: LayerEvent, book: Residency) -> LayerEvent:
         raise NotImplementedError
@@ -112,6 +145,7 @@ class MissResolver:
 __all__ = [
     "Evictor",
     "Exactness",
+    "Learned",
     "MissResolver",
     "Predictor",
     "Residency",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from understudy.core import ExpertId, Guess, LayerEvent
+from understudy.core import NOBODY, ExpertId, Guess, LayerEvent
 from understudy.policies import Predictor
 
 
@@ -30,7 +30,7 @@ class _Calibrated(Predictor):
         self._asked: dict[tuple[int, int], float] = {}
 
     def observe(self, event: LayerEvent) -> None:
-        came = {e for row in event.ids for e in row}
+        came = event.needed()
         for (expert, ahead), rank in self._open.pop(event.layer, {}).items():
             key = ahead, rank
             # Halving keeps the estimate on the last few hundred guesses.
@@ -62,7 +62,8 @@ class LastToken(_Calibrated):
 
     def observe(self, event: LayerEvent) -> None:
         super().observe(event)
-        self._last[event.layer] = tuple(event.ids[-1]) if event.ids else ()
+        last = event.ids[-1] if event.ids else ()
+        self._last[event.layer] = tuple(e for e in last if e != NOBODY)
 
     def predict(self, event: LayerEvent) -> list[Guess]:
         guesses = []
@@ -88,7 +89,8 @@ class Popularity(_Calibrated):
         super().observe(event)
         for row in event.ids:
             for expert in row:
-                self._uses[event.layer][expert] += 1
+                if expert != NOBODY:
+                    self._uses[event.layer][expert] += 1
 
     def predict(self, event: LayerEvent) -> list[Guess]:
         guesses = []
@@ -123,6 +125,48 @@ class NextGate(_Calibrated):
             for expert, rank in best.items():
                 guesses.append(self._guess(layer, expert, rank, layer - event.layer))
         return guesses
+
+
+class ResidualGate(NextGate):
+    """The next layers' routers, asked about the current router input plus what it changes by on
+    average until then. Needs a profile. DALI (spec 02, "residual vector")."""
+
+    foresight = "residual"
+
+
+class DriftGate(NextGate):
+    """The next layers' own norm and router, asked about the residual stream before the experts:
+    what the quasi-hidden state is without default vectors."""
+
+    foresight = "drift"
+
+
+class QuasiGate(NextGate):
+    """The next layers' own norm and router, asked about the residual stream plus the weighted mean
+    outputs of the experts that run now. Needs a profile. Speculating Experts (arXiv 2603.19289)."""
+
+    foresight = "quasi"
+
+
+class SharedGate(NextGate):
+    """The same, with the true output of the shared experts. Needs a profile, and a model that has
+    shared experts."""
+
+    foresight = "shared"
+
+
+class Estimated(NextGate):
+    """One small network for all layers, trained to say what the next router will say. Needs a
+    profile with an estimator. Speculating Experts (arXiv 2603.19289), 6: Est-PF."""
+
+    foresight = "estimator"
+
+
+class Hybrid(NextGate):
+    """The estimator for the layers where it measured better, `QuasiGate` for the others. Needs a
+    profile with an estimator. Speculating Experts (arXiv 2603.19289), 6: Hybrid-PF."""
+
+    foresight = "hybrid"
 
 
 class SelfSwitch:

@@ -22,7 +22,7 @@ from understudy.core import (
     Phase,
     UnderstudyError,
 )
-from understudy.policies import Evictor, Predictor
+from understudy.policies import Evictor, Learned, Predictor, RouteTransform
 from understudy.policies.director import Director
 from understudy.policies.predict import NoPrediction, SelfSwitch
 from understudy.policies.residency import Residency, State
@@ -31,7 +31,6 @@ from understudy.simulate.link import Link, Machine
 
 Report = Callable[[int, int], None]  # (done, in all)
 
-NOBODY = -1  # in an event's ids: this rank does not run
 _REPORT_EVERY = 4096
 
 
@@ -77,6 +76,8 @@ class Minds:
     resolver: str = "fetch"
     depth: int = 1
     self_switch: bool = True
+    learned: Learned | None = None
+    seed: int = 0
 
     def director(self, sizes: Sizes, slots: int, future: Sequence[LayerEvent]) -> Director:
         """Wired as the engine wires it. ``future``: what an oracle is shown."""
@@ -84,8 +85,14 @@ class Minds:
             Residency(slots),
             evictor=self._evictor(sizes, slots, future),
             predictor=self._predictor(sizes),
-            resolver=RESOLVERS.get(self.resolver)(),
-            route=ROUTES.get(self.route)(),
+            resolver=RESOLVERS.make(self.resolver),
+            route=ROUTES.make(
+                self.route,
+                layers=sizes.layers,
+                experts=sizes.experts,
+                learned=self.learned,
+                seed=self.seed,
+            ),
             switch=SelfSwitch(
                 enabled=self.predictor != "none" and slots < sizes.count, adaptive=self.self_switch
             ),
@@ -95,12 +102,12 @@ class Minds:
 
     def _evictor(self, sizes: Sizes, slots: int, future: Sequence[LayerEvent]) -> Evictor:
         shown = {"future": future} if self.evictor in ORACLES else {}
-        found: Evictor = EVICTORS.get(self.evictor)(slots=slots, layers=sizes.layers, **shown)
+        found: Evictor = EVICTORS.make(self.evictor, slots=slots, layers=sizes.layers, **shown)
         return found
 
     def _predictor(self, sizes: Sizes) -> Predictor:
-        found: Predictor = PREDICTORS.get(self.predictor)(
-            layers=sizes.layers, experts=sizes.experts, depth=self.depth
+        found: Predictor = PREDICTORS.make(
+            self.predictor, layers=sizes.layers, experts=sizes.experts, depth=self.depth
         )
         return found
 
@@ -169,6 +176,7 @@ def simulate(
     """What an engine with these policies and ``slots`` would do on ``events`` on ``machine``."""
     director = minds.director(sizes, slots, events)
     _require_lookahead(events, director.predictor, minds.predictor)
+    _require_what_the_route_reads(events, director.route, minds.route)
     run = Simulation(director, sizes, machine)
     for done, event in enumerate(events):
         run.event(event)
@@ -197,6 +205,22 @@ def _require_lookahead(events: Sequence[LayerEvent], predictor: Predictor, name:
         )
 
 
+def _require_what_the_route_reads(
+    events: Sequence[LayerEvent], route: RouteTransform, name: str
+) -> None:
+    decoded = [event for event in events if event.phase is Phase.DECODE and event.ids]
+    if route.wants_scores and any(event.scores is None for event in decoded):
+        raise UnderstudyError(
+            f"route {name} reads the router's scores, and this trace has none; record one with "
+            "scores, or simulate as-routed"
+        )
+    if route.wants_foretold and decoded and all(event.foretold is None for event in decoded):
+        raise UnderstudyError(
+            f"route {name} reads what was foretold of a layer, and this trace says nothing; record "
+            "one under that route, or simulate as-routed"
+        )
+
+
 _copied = attrgetter(*(f.name for f in fields(LayerEvent)))
 _LOOKAHEAD = [f.name for f in fields(LayerEvent)].index("lookahead")
 _COSTS = [f.name for f in fields(LayerEvent)].index("costs")
@@ -217,7 +241,8 @@ class Simulation:
         )
         self.outcome = Outcome(len(director.book.slots))
         self._hands = Counters()  # what the runtime counts, not the director
-        self._plain = isinstance(director.predictor, NoPrediction)
+        silent = isinstance(director.predictor, NoPrediction)
+        self._plain = silent and not director.route.wants_foretold
         self._costs = Costs()
         self._forward: tuple[int, Phase] | None = None  # step and phase of the one under way
         self._layer = -1
@@ -283,7 +308,8 @@ class Simulation:
         total = self.director.counters.copy()
         hands = self._hands
         total.prefetch_cancelled = self.link.cancelled
-        total.substituted, total.skipped = hands.substituted, hands.skipped
+        for name in ("substituted", "skipped", "substituted_mass", "skipped_mass"):
+            setattr(total, name, getattr(hands, name))
         total.stall_seconds, total.expert_seconds = hands.stall_seconds, hands.expert_seconds
         total.steps, total.tokens = hands.steps, hands.tokens
         return total
@@ -298,8 +324,11 @@ class Simulation:
         seen = self._as_seen(event)
         plan = self.director.decide(seen)
         if plan.event is not seen:
-            self._count_changes(seen, plan.event)
-        if self.director.ample and len(plan.hits) == len(plan.order):
+            self._hands.count_changes(seen, plan.event)
+        if plan.skipped:
+            self._hands.count_left_out(plan.event, plan.skipped)
+        all_here = self.director.ample and len(plan.hits) == len(plan.order)
+        if all_here and not self.director.route.wants_foretold:
             self.link.advance(self.link.now + self._seconds(plan, plan.order))
         elif not self._plain or not self._at_once(plan):
             _Errand(self, plan, event).carry_out()
@@ -312,13 +341,6 @@ class Simulation:
         values = list(_copied(event))
         values[_LOOKAHEAD], values[_COSTS] = {}, self._costs
         return LayerEvent(*values)
-
-    def _count_changes(self, asked: LayerEvent, runs: LayerEvent) -> None:
-        for before, after in zip(asked.ids, runs.ids, strict=True):
-            for a, b in zip(before, after, strict=True):
-                if a != b:
-                    self._hands.substituted += b != NOBODY
-                    self._hands.skipped += b == NOBODY
 
     def _seconds(self, plan: LayerPlan, experts: Sequence[ExpertId]) -> float:
         """What computing these together takes."""
@@ -441,12 +463,13 @@ class _Errand:
     def _look_ahead(self) -> None:
         director, event = self.director, self.plan.event
         depth = director.predictor.lookahead if director.switch.on else 0
-        if depth:
+        foretell = director.route.wants_foretold and event.phase is Phase.DECODE
+        if depth or foretell:
             self.link.advance(self.link.now + self.run.machine.lookahead)
             event.lookahead = {
                 layer: said
                 for layer, said in self.recorded.lookahead.items()
-                if layer - event.layer <= depth
+                if layer - event.layer <= max(1, depth)
             }
         self.guesses = director.foresee(event)
         self.offered = True

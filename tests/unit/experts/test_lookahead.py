@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from understudy.core import Forward, Phase
+from understudy.core import Forward, LayerEvent, Phase
 from understudy.experts.lookahead import Lookahead, _Shortcut
 
 HIDDEN, EXPERTS, TOP = 16, 8, 2
+EVENT = LayerEvent(0, 0, Phase.DECODE, [[0, 1]], [[0.5, 0.5]])
 
 
 class Router(torch.nn.Module):
@@ -35,7 +36,7 @@ def products(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
 def ask(lookahead: Lookahead, x: torch.Tensor, rows: torch.Tensor | None = None) -> dict[int, Any]:
     forward = Forward(0, Phase.DECODE, router_args={0: ((x,), {})})
     with torch.no_grad():
-        return lookahead.ask(forward, 0, 2, rows)
+        return lookahead.ask(forward, EVENT, 2, rows)
 
 
 def prove(lookahead: Lookahead) -> None:

@@ -98,6 +98,13 @@ def test_a_silent_trace_is_not_held_against_a_predictor() -> None:
         simulate(told, sizes=SIZES, slots=4, machine=MACHINE, minds=minds)
 
 
+def test_a_route_is_not_run_without_what_it_reads() -> None:
+    trace = [e for step in range(2) for e in guessed(step, right=True)]
+    minds = Minds("lru", "next-gate", "speculated")
+    with pytest.raises(UnderstudyError, match="reads what was foretold of a layer"):
+        simulate(trace, sizes=SIZES, slots=4, machine=MACHINE, minds=minds)
+
+
 def test_a_trace_is_left_as_it_was() -> None:
     trace = [e for step in range(4) for e in guessed(step, right=True)]
     before = [replace(e) for e in trace]
