@@ -38,6 +38,7 @@ class Recording:
     name: str
     events: Sequence[LayerEvent]
     sizes: Sizes
+    top_k: int
 
 
 def simulate(
@@ -72,6 +73,9 @@ def simulate(
     depth: Annotated[
         int, option("--depth", metavar="N", min=1, max=8, help="Layers to predict ahead.")
     ] = 1,
+    profile: Annotated[
+        Path | None, option("--profile", metavar="FILE", help="For routes that need one: buddy.")
+    ] = None,
     measure: Annotated[
         str | None, option("--measure", metavar="MODEL", help="Measure all costs on this model.")
     ] = None,
@@ -105,9 +109,9 @@ def simulate(
             raise UnderstudyError(f"cannot write {path}: there is no folder {path.parent}")
     if plot is not None and plot.suffix.lstrip(".") not in PICTURES:
         raise UnderstudyError(f"cannot draw {plot}; name a file that ends in {', '.join(PICTURES)}")
-    named = parse_policies(policies, depth)
     with screen.waiting(f"reading {trace}"):
         recording = recorded(trace, shape, shapes)
+    named = parse_policies(policies, depth, profile, recording)
     if against is not None:
         answer = compared(recording, against, json)
     elif accounting == "published":
@@ -129,21 +133,31 @@ def simulate(
 # ------------------------------------------------------------------------------- what was asked for
 
 
-def parse_policies(text: str, depth: int) -> dict[str, tuple[Minds, int | None]]:
+def parse_policies(
+    text: str, depth: int, profile: Path | None, recording: Recording
+) -> dict[str, tuple[Minds, int | None]]:
     """``lru,lrfu+next-gate`` -> name -> minds and the most slots."""
     from understudy.bench import Policy
+    from understudy.profile import Profile
     from understudy.simulate import Minds
 
+    learned = None if profile is None else Profile.load(profile)
     found: dict[str, tuple[Minds, int | None]] = {}
     for name in dict.fromkeys(part.strip() for part in text.split(",")):
         if name == "belady":
             continue  # always there
-        policy = Policy.parse(name)
-        minds = Minds(policy.evictor, policy.predictor, policy.route, policy.resolver, depth)
-        if isinstance(policy.slots, str):
-            raise UnderstudyError(f"policy {name!r} counts its slots in k; name its parts instead")
-        found[policy.name] = minds, policy.slots
+        p = Policy.parse(name)
+        minds = Minds(p.evictor, p.predictor, p.route, p.resolver, depth, p.self_switch, learned)
+        found[p.name] = minds, _slots(p.slots, recording)
     return found
+
+
+def _slots(told: int | str | None, recording: Recording) -> int | None:
+    """``2k``: for two layers' choices. ``50%``: of all experts."""
+    if not isinstance(told, str):
+        return told
+    whole = {"k": recording.top_k, "%": recording.sizes.count / 100}[told[-1]]
+    return int(float(told[:-1]) * whole)
 
 
 def parse_rate(text: str, name: str) -> float:
@@ -192,8 +206,8 @@ def recorded(trace: Path, shape: str | None, shapes: Path | None) -> Recording:
     found = import_csv(trace) if trace.suffix == ".csv" else read(trace)
     sizes = Sizes(tuple(found.shape.experts), tuple(found.shape.expert_bytes))
     if shape is None:
-        return Recording(found.shape.model, found.events, sizes)
-    return Recording(shape, found.events, forced(shape, shapes, sizes))
+        return Recording(found.shape.model, found.events, sizes, found.shape.top_k)
+    return Recording(shape, found.events, forced(shape, shapes, sizes), found.shape.top_k)
 
 
 def forced(wanted: str, shapes: Path | None, recorded: Sizes) -> Sizes:

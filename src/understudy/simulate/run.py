@@ -22,7 +22,7 @@ from understudy.core import (
     Phase,
     UnderstudyError,
 )
-from understudy.policies import Evictor, Learned, Predictor
+from understudy.policies import Evictor, Learned, Predictor, RouteTransform
 from understudy.policies.director import Director
 from understudy.policies.predict import NoPrediction, SelfSwitch
 from understudy.policies.residency import Residency, State
@@ -176,6 +176,7 @@ def simulate(
     """What an engine with these policies and ``slots`` would do on ``events`` on ``machine``."""
     director = minds.director(sizes, slots, events)
     _require_lookahead(events, director.predictor, minds.predictor)
+    _require_what_the_route_reads(events, director.route, minds.route)
     run = Simulation(director, sizes, machine)
     for done, event in enumerate(events):
         run.event(event)
@@ -204,6 +205,22 @@ def _require_lookahead(events: Sequence[LayerEvent], predictor: Predictor, name:
         )
 
 
+def _require_what_the_route_reads(
+    events: Sequence[LayerEvent], route: RouteTransform, name: str
+) -> None:
+    decoded = [event for event in events if event.phase is Phase.DECODE and event.ids]
+    if route.wants_scores and any(event.scores is None for event in decoded):
+        raise UnderstudyError(
+            f"route {name} reads the router's scores, and this trace has none; record one with "
+            "scores, or simulate as-routed"
+        )
+    if route.wants_foretold and decoded and all(event.foretold is None for event in decoded):
+        raise UnderstudyError(
+            f"route {name} reads what was foretold of a layer, and this trace says nothing; record "
+            "one under that route, or simulate as-routed"
+        )
+
+
 _copied = attrgetter(*(f.name for f in fields(LayerEvent)))
 _LOOKAHEAD = [f.name for f in fields(LayerEvent)].index("lookahead")
 _COSTS = [f.name for f in fields(LayerEvent)].index("costs")
@@ -224,7 +241,8 @@ class Simulation:
         )
         self.outcome = Outcome(len(director.book.slots))
         self._hands = Counters()  # what the runtime counts, not the director
-        self._plain = isinstance(director.predictor, NoPrediction)
+        silent = isinstance(director.predictor, NoPrediction)
+        self._plain = silent and not director.route.wants_foretold
         self._costs = Costs()
         self._forward: tuple[int, Phase] | None = None  # step and phase of the one under way
         self._layer = -1

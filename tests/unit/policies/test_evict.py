@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import combinations
+from typing import Any
 
 import pytest
 from unit.policies.traces import TEXTBOOK, at_random, event, singles, sweeps
@@ -194,6 +195,57 @@ def test_every_resident_is_offered_and_nobody_else(name: str, seed: int) -> None
                 residents.add(expert)
         for layer in range(layers):
             assert set(evictor.victims(layer, slots)) == residents
+
+
+def worth(name: str, past: Sequence[LayerEvent], later: Sequence[LayerEvent]) -> Any:
+    """Residents by rule, the slow way: expert -> what it is sorted by."""
+    used: dict[ExpertId, list[int]] = {}
+    for now, e in enumerate(past, start=1):
+        for x in e.needed():
+            used.setdefault(ExpertId(e.layer, x), []).append(now)
+
+    def next_use(expert: ExpertId) -> float:
+        layer, x = expert
+        uses = (i for i, e in enumerate(later) if e.layer == layer and x in e.needed())
+        return next(uses, float("inf"))
+
+    def count(expert: ExpertId) -> int:
+        return len(used.get(expert, ()))
+
+    def last(expert: ExpertId) -> int:
+        return used.get(expert, [0])[-1]
+
+    return {
+        "lfu": lambda e: (count(e), last(e), e),
+        "lfru": lambda e: (count(e) / (len(past) - last(e) + 1), last(e), e),
+        "belady": lambda e: (-next_use(e), e),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["lfu", "lfru", "belady"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_is_that_of_sorting_anew(name: str, seed: int) -> None:
+    dice = random.Random(seed)
+    layers, slots = 3, 8
+    trace = at_random(seed, steps=60, layers=layers, experts=6, k=2)
+    future = {"future": trace} if name in ORACLES else {}
+    evictor = EVICTORS.get(name)(slots=slots, layers=layers, **future)
+    residents: set[ExpertId] = set()
+    for now, e in enumerate(trace):
+        needed = [ExpertId(e.layer, x) for x in e.needed()]
+        evictor.touch(e, needed)
+        guessed = ExpertId(dice.randrange(layers), dice.randrange(6))
+        for expert in (*needed, guessed):
+            if expert in residents:
+                continue
+            if len(residents) == slots:
+                victim = dice.choice([r for r in sorted(residents) if r not in needed])
+                evictor.remove(victim)
+                residents.remove(victim)
+            evictor.admit(expert, speculative=expert == guessed)
+            residents.add(expert)
+        key = worth(name, trace[: now + 1], trace[now + 1 :])
+        assert list(evictor.victims(e.layer, slots)) == sorted(residents, key=key)
 
 
 # -------------------------------------------------------------------------------------- the oracle
