@@ -205,6 +205,13 @@ def test_changed_weights_are_not_taken_for_nothing(opened: Session, strange_rout
     assert v.changed == 0 < v.kl.mean
 
 
+def test_two_policies_are_compared_on_the_same_tokens(opened: Session) -> None:
+    drop, exact = opened.judge(DROP, nothing), opened.baseline_verdict()
+    assert quality.paired(drop, exact) == drop.delta_nll
+    assert quality.paired(exact, drop).mean == pytest.approx(-drop.delta_nll.mean)
+    assert quality.paired(drop, drop).high == 0
+
+
 # ----------------------------------------------------------------------------------- exact match
 
 
