@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from understudy import model as guest
 from understudy.bench import real_text
 from understudy.core import BudgetTooSmall, UnderstudyError
 from understudy.engine import Engine, load
 from understudy.experts.estimator import Estimator
+from understudy.experts.foresight import Quasi
+from understudy.experts.lookahead import Lookahead
 from understudy.learn import Settings, Source, Training, learn, probe, read
 from understudy.learn.count import Counts, entropy, percentiles
 from understudy.learn.probe import kl, sensitivity
@@ -44,7 +47,7 @@ def made(speaking_model: Path) -> Profile:
 
 @pytest.fixture(scope="module")
 def cut(speaking_model: Path) -> Windows:
-    with Engine(speaking_model, "1GiB") as engine:
+    with Engine(speaking_model, memory="1GiB") as engine:
         return windows(engine.encode, [source()], HOW.tokens, HOW.window, HOW.seed)
 
 
@@ -117,7 +120,7 @@ def reported(plain: Any, cut: Windows) -> list[Layer]:
     return slowly(plain, cut.reported)
 
 
-# ----------------------------------------------------------------------------------- what is counted
+# --------------------------------------------------------------------------------- what is counted
 
 
 def test_uses_and_coactivation(made: Profile, learned: list[Layer]) -> None:
@@ -404,14 +407,44 @@ def test_divergence_is_nothing_where_nothing_differs() -> None:
     assert float(divergence(logits[1:], certain)) == pytest.approx(1.0986, abs=1e-3)
 
 
-def test_pairs_are_states_and_the_routers_answers(
+def test_pairs_are_quasi_hidden_states_and_the_routers_distributions(
     made: Profile, plain: Any, cut: Windows, speaking_model: Path
 ) -> None:
-    facts = made.provenance["estimator"]
+    window, vectors = cut.learned[0], made.tensor("default_vectors")
+    quasi = Quasi(vectors)
+    with load(speaking_model, "1GiB", predictor="none", frame="eager") as model, torch.no_grad():
+        modules = model.understudy.anatomy.modules
+        guest.watch_residuals(model, modules)
+        counts, pairs = Counts([EXPERTS] * LAYERS), Pairs(
+            quasi, Lookahead(guest.routers(model, modules)), EXPERTS + 1
+        )  # fmt: skip
+        for watch in (counts, pairs):
+            model.understudy.runtime.watch = watch
+            model(input_ids=torch.tensor([window]))
+            quasi.norms.update(counts.norms)
+    x, layer, target = pairs.whole()
+    slow, count = slowly(plain, [window]), len(window)
+    assert len(x) == len(pairs) == (LAYERS - 1) * count
+    for later in range(1, LAYERS):
+        mine, here, there = layer == later, slow[later - 1], slow[later]
+        with torch.no_grad():
+            logits = F.linear(torch.stack(there.s), there.gate.weight)
+            mean = torch.stack([
+                sum(w * vectors[later - 1, e] for e, w in zip(*row, strict=True))
+                for row in zip(here.ids, here.weights, strict=True)
+            ])  # fmt: skip
+            asked = there.norm(torch.stack(here.r) + mean)
+        torch.testing.assert_close(x[mine], asked, rtol=1e-4, atol=1e-4)
+        stored = target[mine].float()
+        torch.testing.assert_close(stored[:, :-1], logits.softmax(-1), rtol=1e-2, atol=1e-3)
+        assert not stored[:, -1].any()  # an expert that this layer does not have
+
+
+def test_what_is_said_of_the_training(made: Profile) -> None:
+    facts, network = made.provenance["estimator"], Estimator.of(made)
     assert facts["tokens"] == 600 and facts["pairs"] == 600 * (LAYERS - 1)
-    network = Estimator.of(made)
     assert facts["parameters"] == sum(p.numel() for p in network.parameters())
-    assert network.down.weight.shape == (8, 64)
+    assert network.down.weight.shape == (facts["width"], 64) == (8, 64)
 
 
 # ------------------------------------------------------------------------------------------- text
@@ -490,7 +523,7 @@ def test_bad_files_are_named(
 
 def test_what_is_learned_is_part_of_the_budget(speaking_model: Path) -> None:
     with pytest.raises(
-        BudgetTooSmall, match="learning about .* needs .* hold what is learned"
+        BudgetTooSmall, match=r"learning about .* needs .* hold what is learned"
     ) as e:
         learn(speaking_model, [source()], HOW, memory="1MiB")
     smallest = e.value.smallest_bytes

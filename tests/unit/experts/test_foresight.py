@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_quasi_with_true_outputs_is_the_next_router_input_without_attention(
     with torch.no_grad(), watched(saved(plain, tmp_path, attention=False)) as (model, seen):
         model(input_ids=torch.tensor([[token]]))
         assert len(seen) == 4
-        for now, later in zip(seen, seen[1:], strict=False):
+        for now, later in pairwise(seen):
             layer = now.event.layer
             quasi = Quasi(true_outputs(now, 4, 8))
             quasi.norms = norms(seen)
@@ -141,7 +142,7 @@ def test_shared_adds_what_the_shared_experts_put_out(family: str, tmp_path: Path
         modules = model.understudy.anatomy.modules
         shared = guest.shared_experts(model, modules)
         assert len(seen) >= 2 and all(shared)
-        for now, later in zip(seen, seen[1:], strict=False):
+        for now, later in pairwise(seen):
             layer, vectors = now.event.layer, true_outputs(now, len(modules), configs.EXPERTS)
             with_shared, without = Quasi(vectors, shared), Quasi(vectors)
             with_shared.norms = without.norms = norms(seen)
