@@ -57,8 +57,8 @@ class Profile:
         if metadata.get("understudy_profile") != VERSION:
             raise ProfileError(f"{path}: not a profile; make one with `understudy profile`")
         try:
-            provenance = json.loads(metadata["provenance"])
-        except (KeyError, ValueError) as e:
+            provenance = dict(json.loads(metadata["provenance"]))
+        except (KeyError, ValueError, TypeError) as e:
             raise ProfileError(f"{path}: its provenance cannot be read; make it again") from e
         if fingerprint is not None and provenance.get("fingerprint") != fingerprint:
             raise ProfileError(
@@ -69,6 +69,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write it whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -77,8 +78,9 @@ class Profile:
         try:
             save_file({k: v.contiguous() for k, v in self.tensors.items()}, part, metadata)
             os.replace(part, path)
-        except OSError as e:
-            raise ProfileError(f"{path}: cannot be written: {e.strerror or e}") from e
+        except (OSError, SafetensorError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise ProfileError(f"{path}: cannot be written: {reason}") from e
         finally:
             part.unlink(missing_ok=True)
 

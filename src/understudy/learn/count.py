@@ -115,8 +115,8 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
     if k == 1:
         return torch.zeros(len(weights), dtype=torch.float64)
     shares = weights.double() / weights.double().sum(-1, keepdim=True)
-    found: torch.Tensor = torch.special.entr(shares.clamp_min(0)).sum(-1) / log(k)
-    return found
+    nats: torch.Tensor = torch.special.entr(shares.clamp_min(0)).sum(-1)
+    return nats / log(k)
 
 
 def percentiles(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
