@@ -10,6 +10,7 @@ where a page says something else than its results. Kinds:
     ratios                    the ratios that have a target
     beside                    ours and each peer's time per token, a cell and format per row
     buddy, speculation        what bench/policies.py found: quality, and speed on the twin
+    recall, layers            what a profile says of each layer
 """
 
 from __future__ import annotations
@@ -138,6 +139,44 @@ def _with_interval(figure: Row) -> str:
     return f"{figure['mean']:+.3f} ({figure['low']:+.3f}..{figure['high']:+.3f})"
 
 
+def recall(facts: Any) -> str:
+    """Percent of a layer's chosen experts that each foresight guessed; by weight in brackets; what
+    guessed most in bold."""
+    names, lines = list(facts["recall"]), []
+    for layer in range(facts["layers"]):
+        both = [(facts["recall"][n][layer], facts["weighted_recall"][n][layer]) for n in names]
+        best = max(x for x, _ in both if x is not None)
+        lines.append([str(layer), *(_guessed(x, weight, x == best) for x, weight in both)])
+    return markdown(["layer", *names], lines)
+
+
+def _guessed(share: float | None, weight: float | None, best: bool) -> str:
+    if share is None or weight is None:
+        return ""
+    mark = "**" if best else ""
+    return f"{mark}{100 * share:.1f}{mark} ({100 * weight:.1f})"
+
+
+def layers(facts: Any) -> str:
+    names, lines = list(facts["cosine"]), []
+    for layer, nats in enumerate(facts["sensitivity"]):
+        cosines = [facts["cosine"][name][layer] for name in names]
+        shown = ["" if x is None else f"{x:.3f}" for x in cosines]
+        alike = facts["similarity"]["rows_over_all_tokens"][layer]
+        rare = facts["rarely_chosen"][layer], facts["never_chosen"][layer], alike
+        lines.append([str(layer), *shown, f"{nats:.5f}", *map(str, rare)])
+    few = f"under {facts['smoothing']:g} tokens"
+    head = [
+        "layer",
+        *(f"cosine, {n}" for n in names),
+        "nats per token",
+        few,
+        "never",
+        "few in sample",
+    ]
+    return markdown(head, lines)
+
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "decode": columns(show.DECODE_COLUMNS),
     "prefill": columns(show.PREFILL_COLUMNS),
@@ -146,6 +185,8 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "beside": beside,
     "buddy": policies("buddy"),
     "speculation": policies("speculation"),
+    "recall": recall,
+    "layers": layers,
 }
 
 
