@@ -177,6 +177,59 @@ def layers(facts: Any) -> str:
     return markdown(head, lines)
 
 
+def accountings(results: Any) -> str:
+    """A published curve beside ours: hits of all lookups, in percent."""
+    ways = "published", "ours_published_accounting", "ours_event_atomic"
+    budgets: dict[int, dict[str, Row]] = {}
+    for row in results["rows"]:
+        budgets.setdefault(row["memory_bytes"], {})[row["policy"]] = row
+    policies = list(dict.fromkeys(row["policy"] for row in results["rows"]))
+    lines = [
+        [
+            f"{budget >> 20}",
+            *(" / ".join(f"{rows[name][way]['hit_pct']:.1f}" for way in ways) for name in policies),
+        ]
+        for budget, rows in sorted(budgets.items())
+    ]
+    return markdown(["MiB", *policies], lines)
+
+
+def simulated(results: Any) -> str:
+    """Rows of ``understudy simulate``."""
+    total = results["expert_bytes"]
+    lines = [
+        [
+            f"{100 * row['memory_bytes'] / total:.0f} %",
+            f"{row['link_bytes_per_second'] / 1e9:.3g}",
+            row["policy"],
+            f"{100 * row['hit_rate_decode']:.1f}",
+            f"{row['bytes_per_token'] / 2**20:.0f}",
+            *(f"{row[name]:.1f}" for name in ("tpot_ms", "stall_ms", "floor_own_ms")),
+        ]
+        for row in results["rows"]
+    ]
+    head = (
+        "memory",
+        "link, GB/s",
+        "policy",
+        "hits, %",
+        "MiB",
+        "TPOT, ms",
+        "stall, ms",
+        "own floor",
+    )
+    return markdown(head, lines)
+
+
+def seconds(results: Any) -> str:
+    """Rows of ``bench/simulator.py``."""
+    lines = [
+        [row["policy"], f"{100 * row['hit_rate']:.1f}", f"{row['cpu_seconds']:.0f}"]
+        for row in results["cells"]
+    ]
+    return markdown(("policy", "hits, %", "seconds"), lines)
+
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "decode": columns(show.DECODE_COLUMNS),
     "prefill": columns(show.PREFILL_COLUMNS),
@@ -187,6 +240,9 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "speculation": policies("speculation"),
     "recall": recall,
     "layers": layers,
+    "accountings": accountings,
+    "simulated": simulated,
+    "seconds": seconds,
 }
 
 

@@ -125,7 +125,7 @@ def simulate(
         answer = swept(recording, memory, named, machines, plot, json)
     if output is not None:
         with replacing(output) as temporary:
-            temporary.write_text(json_format.dumps(answer, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json_format.dumps(answer) + "\n", encoding="utf-8")
     if json:
         screen.write_json(answer)
 

@@ -12,7 +12,6 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 from understudy.core import ExpertId, LayerEvent
 from understudy.policies import Evictor
@@ -222,36 +221,32 @@ class Lrfu(Evictor):
 
     def __init__(self, *, slots: int, layers: int) -> None:
         super().__init__(slots=slots, layers=layers)
-        self._marks = [[_Fading(left) for left, _ in self.FADING] for _ in range(layers)]
-        self._last: list[list[int]] = [[] for _ in range(layers)]
+        self._faded = [_Fading(self.FADING) for _ in range(layers)]
         # Residents of each layer, the least worth first; sorted again after its layer was used.
         self._ranked: list[list[_Ranked]] = [[] for _ in range(layers)]
         self._unsorted: set[int] = set()
+        self._residents: set[ExpertId] = set()
         self._worths = [1 - self.FAR * ahead / layers for ahead in range(layers)]
         self._now = 0
 
     def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
-        for fading in self._marks[event.layer]:
-            fading.use(event.ids)
-        now = self._now
-        last = _reaching(self._last[event.layer], max((e for _, e in needed), default=0), 0)
-        for _, expert in needed:
-            now += 1
-            last[expert] = now
-        self._now = now
+        faded = self._faded[event.layer]
+        faded.use(event.ids)
+        faded.stamp(needed, self._now)
+        self._now += len(needed)
         self._unsorted.add(event.layer)
 
     def admit(self, expert: ExpertId, *, speculative: bool) -> None:
-        if not speculative:
-            self.remove(expert)  # it may have been speculated before
-        layer, e = expert
-        for fading in self._marks[layer]:
-            _reaching(fading.uses, e, 0.0)
-        _reaching(self._last[layer], e, 0)
+        if expert in self._residents:
+            self.remove(expert)  # speculated before
         self._sort()
-        insort(self._ranked[layer], self._rank(layer, [e])[0])
+        self._residents.add(expert)
+        layer, e = expert
+        self._faded[layer].reach(e)
+        insort(self._ranked[layer], self._faded[layer].ranked([(0.0, 0, e)])[0])
 
     def remove(self, expert: ExpertId) -> None:
+        self._residents.discard(expert)
         ranked = self._ranked[expert.layer]
         for place, found in enumerate(ranked):
             if found[2] == expert.expert:  # who leaves changes nobody's place
@@ -259,10 +254,7 @@ class Lrfu(Evictor):
                 break
 
     def chance(self, expert: ExpertId) -> float:
-        return sum(
-            share * fading.share(expert.expert)
-            for (_, share), fading in zip(self.FADING, self._marks[expert.layer], strict=True)
-        )
+        return self._faded[expert.layer].chance(expert.expert)
 
     def victims(self, layer: int, need: int) -> Iterator[ExpertId]:
         """Merges the layers' own orders: only the first few are ever taken, so the heap holds no
@@ -290,60 +282,84 @@ class Lrfu(Evictor):
     def _sort(self) -> None:
         """The old order is nearly the new one, and sorted in no time."""
         for layer in self._unsorted:
-            ranked = self._rank(layer, [e for _, _, e in self._ranked[layer]])
+            ranked = self._faded[layer].ranked(self._ranked[layer])
             ranked.sort()
             self._ranked[layer] = ranked
         self._unsorted.clear()
 
-    def _rank(self, layer: int, experts: Sequence[int]) -> list[_Ranked]:
-        """`chance`, written out: a call for each was half of the time."""
-        pairs = zip(self.FADING, self._marks[layer], strict=True)
-        a, b, c = (share * fading.scale for (_, share), fading in pairs)
-        fast, middle, slow = (fading.uses for fading in self._marks[layer])
-        last = self._last[layer]
-        return [(a * fast[e] + b * middle[e] + c * slow[e], last[e], e) for e in experts]
-
-
-def _reaching(values: list[Any], index: int, value: Any) -> list[Any]:
-    """``values``, made long enough for ``index``."""
-    if index >= len(values):
-        values.extend([value] * (index + 1 - len(values)))
-    return values
-
 
 class _Fading:
-    """An exponential average per expert: of every use, ``left`` is left after one more token.
+    """Three exponential averages per expert of one layer: of every use, ``left`` is left after one
+    more token.
 
     New uses weigh ever more instead of old ones ever less, so that a token costs its own experts
     only; the scale starts again before it leaves the range of floats.
     """
 
-    def __init__(self, left: float) -> None:
-        self._left = left
-        self._weight = 1.0  # of a use by the next token
-        self.uses: list[float] = []  # by expert: its mark, in units of 1 / scale
+    NEVER = (0.0, 0.0, 0.0, 0)
+
+    def __init__(self, fading: Sequence[tuple[float, float]]) -> None:
+        self._left = [left for left, _ in fading]
+        self._shares = [share for _, share in fading]
+        self._weights = [1.0] * len(fading)  # of a use by the next token
+        # By expert: its three marks, in units of 1 / scale, and its last use.
+        self.uses: list[tuple[float, float, float, int]] = []
+
+    def reach(self, expert: int) -> None:
+        """Have a place for ``expert``."""
+        self.uses.extend([self.NEVER] * (expert + 1 - len(self.uses)))
 
     def use(self, rows: Sequence[Sequence[int]]) -> None:
-        uses, weight = self.uses, self._weight
         for row in rows:
+            uses, (a, b, c) = self.uses, self._weights
             for expert in row:
+                if expert < 0:
+                    continue  # nobody
                 if expert >= len(uses):
-                    _reaching(uses, expert, 0.0)
-                uses[expert] += weight
-            weight /= self._left
-            if weight > 1e100:
-                uses[:] = [mark / weight for mark in uses]
-                weight = 1.0
-        self._weight = weight
+                    self.reach(expert)
+                fast, middle, slow, last = uses[expert]
+                uses[expert] = fast + a, middle + b, slow + c, last
+            self._age()
 
-    def share(self, expert: int) -> float:
-        """0..1: which part of the recent tokens used ``expert``, the last ones counting most."""
-        return self.uses[expert] * self.scale if expert < len(self.uses) else 0.0
+    def _age(self) -> None:
+        weights = self._weights
+        for i, left in enumerate(self._left):
+            weights[i] /= left
+        if max(weights) > 1e100:
+            a, b, c = (weight if weight > 1e100 else 1.0 for weight in weights)
+            self.uses[:] = [(f / a, m / b, s / c, last) for f, m, s, last in self.uses]
+            self._weights = [1.0 if weight > 1e100 else weight for weight in weights]
 
-    @property
-    def scale(self) -> float:
+    def stamp(self, needed: Sequence[ExpertId], now: int) -> None:
+        """These were used now, in this order."""
+        for _, expert in needed:
+            now += 1
+            self.reach(expert)
+            fast, middle, slow, _ = self.uses[expert]
+            self.uses[expert] = fast, middle, slow, now
+
+    def _scales(self) -> list[float]:
         """What makes a mark a share of the tokens."""
-        return (1 - self._left) / (self._left * self._weight)
+        pairs = zip(self._left, self._weights, strict=True)
+        return [(1 - left) / (left * weight) for left, weight in pairs]
+
+    def chance(self, expert: int) -> float:
+        """0..1: which part of the recent tokens used ``expert``, the last ones counting most."""
+        if expert >= len(self.uses):
+            return 0.0
+        three = zip(self._shares, self.uses[expert], self._scales(), strict=False)
+        return sum(share * (mark * scale) for share, mark, scale in three)
+
+    def ranked(self, of: Sequence[_Ranked]) -> list[_Ranked]:
+        """The same experts with their marks as they are now. `chance`, written out: a call for each
+        was half of the time."""
+        a, b, c = (share * scale for share, scale in zip(self._shares, self._scales(), strict=True))
+        uses = self.uses
+        return [
+            (a * fast + b * middle + c * slow, last, e)
+            for _, _, e in of
+            for fast, middle, slow, last in (uses[e],)
+        ]
 
 
 class Belady(_Heaped):

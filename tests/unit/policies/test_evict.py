@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from unit.policies.traces import TEXTBOOK, at_random, event, singles, sweeps
 
-from understudy.core import ExpertId, LayerEvent, Phase
+from understudy.core import NOBODY, ExpertId, LayerEvent, Phase
 from understudy.policies import Evictor
 from understudy.registry import EVICTORS, ORACLES
 from understudy.simulate import replay
@@ -343,6 +343,17 @@ def test_lrfu_orders_all_layers_by_discounted_chance(seed: int) -> None:
         for victim in dice.sample(sorted(residents), max(0, len(residents) - 9)):
             lrfu.remove(victim)
             residents.remove(victim)
+
+
+def test_a_rank_that_runs_nobody_is_nobodys_use() -> None:
+    with_gap, without = make("lrfu"), make("lrfu")
+    for _ in range(3):
+        use(with_gap, 0, 0, 1)
+        use(without, 0, 0, 1)
+        with_gap.touch(event(0, 0, NOBODY), [ExpertId(0, 0)])
+        without.touch(event(0, 0), [ExpertId(0, 0)])
+    for expert in (ExpertId(0, 0), ExpertId(0, 1)):
+        assert with_gap.chance(expert) == without.chance(expert) > 0
 
 
 def test_lrfu_keeps_its_marks_over_thousands_of_tokens() -> None:
