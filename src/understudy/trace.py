@@ -3,27 +3,34 @@
 Knows: the columns, how events become rows and rows events, the public CSV route format. Does not
 know: models, policies, who recorded.
 
-One row per (sequence, step, MoE layer, token), in the order in which the events happened:
+One row per (sequence, step, MoE layer, token), in the order in which the events happened; an event
+begins where ``token`` is 0:
 
     sequence, step      int32    which text; which forward pass of the model
     layer               int16    MoE layers, counted from 0
     token               int32    row of the event: 0 while decoding, 0.. in a prompt
-    request             int32    whose token
+    request             int32    whose token                                     (null: not known)
     phase               string   "prefill" or "decode"
     ids, weights        lists    the router's choice, one entry per rank, before any route transform
     scores              list     the router's probability of every expert        (null: not asked)
     foretold_ids, foretold_weights    what the layer before foresaw of this one  (null: nothing)
-    next_ids, next_weights            what was foreseen here of the next layer   (null: nothing)
+    next_layers, next_ids, next_weights    what was foreseen here of later layers: per entry the
+                                 layer, the expert and its weight                (null: nothing)
 
-Metadata ``understudy_trace``: JSON with the format's version and the model's `Shape`.
+Metadata ``understudy_trace``: JSON with the format's version and the model's `Shape`. Measured
+costs are no part of a trace: they belong to the machine, not to the model.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from understudy.core import LayerEvent, Phase, UnderstudyError
+from understudy.core import NOBODY, LayerEvent, Phase, UnderstudyError
 
 VERSION = 1
 KEY = b"understudy_trace"
@@ -50,6 +57,7 @@ SCHEMA = pa.schema(
         ("scores", pa.list_(pa.float32())),
         ("foretold_ids", pa.list_(pa.int32())),
         ("foretold_weights", pa.list_(pa.float32())),
+        ("next_layers", pa.list_(pa.int16())),
         ("next_ids", pa.list_(pa.int32())),
         ("next_weights", pa.list_(pa.float32())),
     ]
@@ -62,7 +70,9 @@ class TraceError(UnderstudyError):
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The model that was traced. ``experts`` and ``expert_bytes``: one number per MoE layer."""
+    """The model that was traced. ``experts`` and ``expert_bytes``: one number per MoE layer.
+    ``source``: how the trace was made, or the file that it was imported from; ``date``: when it was
+    recorded, as YYYY-MM-DD."""
 
     model: str
     experts: tuple[int, ...]
@@ -70,6 +80,8 @@ class Shape:
     expert_bytes: tuple[int, ...]
     format: str = "stored"
     source: str = ""
+    hidden: int | None = None
+    date: str = ""
 
     @property
     def layers(self) -> int:
@@ -134,7 +146,7 @@ def _empty() -> dict[str, list[Any]]:
 
 def _add(rows: dict[str, list[Any]], sequence: int, event: LayerEvent) -> None:
     count = len(event.ids)
-    after = event.lookahead.get(event.layer + 1)
+    nothing = [None] * count
     single = {
         "sequence": sequence,
         "step": event.step,
@@ -144,14 +156,35 @@ def _add(rows: dict[str, list[Any]], sequence: int, event: LayerEvent) -> None:
     for name, value in single.items():
         rows[name] += [value] * count
     rows["token"] += range(count)
-    rows["request"] += list(event.requests) or [0] * count
+    rows["request"] += event.requests or nothing
     rows["ids"] += event.ids
-    rows["weights"] += list(event.weights) or [None] * count
-    rows["scores"] += event.scores if event.scores is not None else [None] * count
-    for name, pair in (("foretold", event.foretold), ("next", after)):
-        ids, weights = pair if pair is not None else ([None] * count, [None] * count)
-        rows[f"{name}_ids"] += list(ids)
-        rows[f"{name}_weights"] += list(weights)
+    rows["weights"] += list(event.weights) or nothing
+    rows["scores"] += nothing if event.scores is None else event.scores
+    ids, weights = event.foretold or (nothing, nothing)
+    rows["foretold_ids"] += ids
+    rows["foretold_weights"] += list(weights)
+    if not event.lookahead:
+        for name in _NEXT:
+            rows[name] += nothing
+        return
+    for name, column in zip(_NEXT, _side_by_side(event), strict=True):
+        rows[name] += column
+
+
+_NEXT = ("next_layers", "next_ids", "next_weights")
+
+
+def _side_by_side(event: LayerEvent) -> tuple[list[Any], list[Any], list[Any]]:
+    """The look-ahead of each token, its layers one after the other in one list."""
+    layers: list[list[int]] = [[] for _ in event.ids]
+    experts: list[list[int]] = [[] for _ in event.ids]
+    weights: list[list[float]] = [[] for _ in event.ids]
+    for layer, (said, weighed) in event.lookahead.items():
+        for token, (row, values) in enumerate(zip(said, weighed, strict=True)):
+            layers[token] += [layer] * len(row)
+            experts[token] += row
+            weights[token] += values
+    return layers, experts, weights
 
 
 def _flush(writer: Any, schema: Any, rows: dict[str, list[Any]]) -> int:
@@ -168,92 +201,245 @@ def _flush(writer: Any, schema: Any, rows: dict[str, list[Any]]) -> int:
 
 def read(path: str | Path) -> Trace:
     """Events equal to those that were written, weights to float32. Raises `TraceError`."""
+    if not Path(path).exists():
+        raise TraceError(f"{path}: no such trace; record one with `understudy trace`")
     try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise TraceError(f"{path}: no such trace; record one with `understudy trace`") from None
+        with pq.ParquetFile(path) as file:
+            shape = _shape(path, file.schema_arrow.metadata or {})
+            columns = _columns(path, file)
     except (pa.ArrowException, OSError) as e:
         first = str(e).splitlines()[0]
         raise TraceError(f"{path}: cannot be read as a trace ({first}); record it again") from e
-    shape = _shape(path, table.schema.metadata or {})
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise TraceError(f"{path}: lacks column {missing[0]}; record it again")
-    return _events(shape, table)
+    try:
+        with _without_collector():
+            return _events(shape, columns)
+    except _Damaged as e:
+        raise TraceError(f"{path}: {e}; record it again") from None
+
+
+class _Damaged(Exception):
+    """Parquet in order, but not what `write` writes."""
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Millions of small lists and no cycle among them: looking through all of them again and again
+    takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _shape(path: str | Path, metadata: Any) -> Shape:
     if KEY not in metadata:
         raise TraceError(f"{path}: not a trace; record one with `understudy trace`")
-    told = json.loads(metadata[KEY])
-    version = told.pop("version", None)
-    if version != VERSION:
-        raise TraceError(
-            f"{path}: a trace of version {version}, and this program reads {VERSION}; record it "
-            "again"
-        )
-    for name in ("experts", "expert_bytes"):
-        told[name] = tuple(told[name])
-    return Shape(**told)
+    try:
+        told = dict(json.loads(metadata[KEY]))
+        version = told.pop("version", None)
+        if version == VERSION:
+            for name in ("experts", "expert_bytes"):
+                told[name] = tuple(map(int, told[name]))
+            known = {f.name for f in fields(Shape)}
+            return Shape(**{name: value for name, value in told.items() if name in known})
+    except (ValueError, TypeError, KeyError) as e:
+        raise TraceError(f"{path}: its metadata is damaged ({e}); record it again") from None
+    raise TraceError(
+        f"{path}: a trace of version {version}, and this program reads {VERSION}; record it again"
+    )
 
 
-def _events(shape: Shape, table: Any) -> Trace:
-    """Rows of one (sequence, step, layer) are one event."""
-    columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-    sequence, step, layer = (columns[n].to_numpy() for n in ("sequence", "step", "layer"))
-    # Layers of one step differ, and so do steps of one layer: a new event begins where any changes.
-    new = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(step) != 0) | (np.diff(layer) != 0))
-    starts = [0, *(new + 1).tolist()] if len(table) else []
-    ends = [*starts[1:], len(table)]
-    lists = {n: _lists(columns[n]) for n in SCHEMA.names[6:]}
-    phase = columns["phase"].to_pylist()
-    request = columns["request"].to_pylist()
-    sequence, step, layer = sequence.tolist(), step.tolist(), layer.tolist()
-    trace = Trace(shape)
-    for a, b in zip(starts, ends, strict=True):
-        part = {name: rows[a:b] if rows is not None else None for name, rows in lists.items()}
-        after = _pair(part, "next")
-        trace.events.append(
+def _columns(path: str | Path, file: Any) -> dict[str, Any]:
+    """Name -> column, of the type that `SCHEMA` says; another writer may have widened it."""
+    found = set(file.schema_arrow.names)
+    if "next_layers" not in found and "next_ids" in found:
+        found.add("next_layers")  # the first files kept one layer, and did not say which
+    missing = [name for name in SCHEMA.names if name not in found]
+    if missing:
+        raise TraceError(f"{path}: lacks column {missing[0]}; record it again")
+    table = file.read(columns=SCHEMA.names)
+    columns = {}
+    for name in table.column_names:
+        column, wanted = table.column(name), SCHEMA.field(name).type
+        if name == "phase":
+            column, wanted = column.cast(pa.string()), pa.string()
+        try:
+            columns[name] = column if column.type == wanted else column.cast(wanted)
+        except pa.ArrowException:
+            raise TraceError(
+                f"{path}: column {name} holds {column.type}, not {wanted}; record it again"
+            ) from None
+    return columns
+
+
+def _events(shape: Shape, columns: dict[str, Any]) -> Trace:
+    starts, single = _single(shape, columns)
+    ends = [*starts[1:].tolist(), len(columns["token"])][: len(starts)]
+    lists = {name: _lists(name, columns[name]) for name in ("ids", "weights", "scores")}
+    pairs = [_lists(f"foretold_{name}", columns[f"foretold_{name}"]) for name in ("ids", "weights")]
+    ahead = _Ahead(columns)
+    _check_experts(shape, columns)
+    ids, weights, scores = lists["ids"], lists["weights"], lists["scores"]
+    if ids is None or any(row is None for row in ids):
+        if len(starts):
+            raise _Damaged("column ids holds nulls")
+        ids = []
+    requests = _requests(columns["request"], starts, ends)
+    trace = Trace(shape, [], single["sequence"])
+    add = trace.events.append
+    for number, (a, b) in enumerate(zip(starts.tolist(), ends, strict=True)):
+        add(
             LayerEvent(
-                step=step[a],
-                layer=layer[a],
-                phase=_PHASES[phase[a]],
-                ids=part["ids"] or (),
-                weights=part["weights"] or (),
-                requests=request[a:b],
-                scores=_whole(part["scores"]),
-                lookahead={} if after is None else {layer[a] + 1: after},
-                foretold=_pair(part, "foretold"),
+                step=single["step"][number],
+                layer=single["layer"][number],
+                phase=single["phase"][number],
+                ids=ids[a:b],
+                weights=_part(weights, a, b) or (),
+                requests=requests[number],
+                scores=_part(scores, a, b),
+                lookahead=ahead.of(a, b, single["layer"][number]),
+                foretold=_pair(pairs, a, b),
             )
         )
-        trace.sequences.append(sequence[a])
     return trace
 
 
-_PHASES = {phase.value: phase for phase in Phase}
+def _single(shape: Shape, columns: dict[str, Any]) -> tuple[Any, dict[str, list[Any]]]:
+    """The row at which each event begins, and the values that an event has once."""
+    names = ("token", "sequence", "step", "layer")
+    for name in (*names, "phase"):
+        if columns[name].null_count:
+            raise _Damaged(f"column {name} holds nulls")
+    values = {name: columns[name].to_numpy() for name in names}
+    phase = columns["phase"].combine_chunks().dictionary_encode()
+    values["phase"] = phase.indices.to_numpy()
+    token = values["token"]
+    starts = np.flatnonzero(token == 0)
+    number = np.cumsum(token == 0) - 1
+    whole = len(token) == 0 or (
+        token[0] == 0 and np.array_equal(token, np.arange(len(token)) - starts[number])
+    )
+    if not whole or any(
+        (values[n] != values[n][starts][number]).any() for n in values if n != "token"
+    ):
+        raise _Damaged("the rows of an event are not beside each other, in order")
+    if len(token) and not (0 <= values["layer"].min() <= values["layer"].max() < shape.layers):
+        raise _Damaged(f"a row names a layer that is none of its {shape.layers}")
+    single = {name: values[name][starts].tolist() for name in values if name != "token"}
+    try:
+        phases = [Phase(name) for name in phase.dictionary.to_pylist()]
+    except ValueError as e:
+        raise _Damaged(f"column phase: {e}") from None
+    single["phase"] = [phases[code] for code in single["phase"]]
+    return starts, single
 
 
-def _lists(column: Any) -> list[Any] | None:
+def _check_experts(shape: Shape, columns: dict[str, Any]) -> None:
+    """Every expert named is one of its layer, or `NOBODY`."""
+    experts = np.array(shape.experts)
+    layers, ids = columns["layer"].to_numpy(), columns["ids"]
+    most = np.repeat(experts[layers], _lengths(ids)) if len(layers) else experts[:0]
+    named = np.concatenate([chunk.flatten().to_numpy() for chunk in ids.chunks] or [most])
+    if ((named < NOBODY) | (named >= most)).any():
+        wrong = int(named[(named < NOBODY) | (named >= most)][0])
+        raise _Damaged(f"a row names expert {wrong}, which its layer does not have")
+
+
+def _lengths(column: Any) -> Any:
+    """Entries of each row, 0 where it is null."""
+    lengths = [c.value_lengths().fill_null(0).to_numpy() for c in column.chunks]
+    return np.concatenate(lengths or [np.zeros(0, int)])
+
+
+def _lists(name: str, column: Any) -> list[Any] | None:
     """A list column as Python lists, ``None`` for null; ``None`` where every row is null. Through
-    one flat list: a Python object per cell from Arrow itself takes ten times as long."""
+    flat arrays: a Python object per cell from Arrow itself takes ten times as long."""
     if column.null_count == len(column):
         return None
-    flat = column.flatten().to_numpy(zero_copy_only=False).tolist()
-    ends = np.cumsum(np.where(column.is_valid(), column.value_lengths().fill_null(0), 0)).tolist()
-    rows: list[Any] = [flat[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    if column.null_count:
-        for place in np.flatnonzero(~column.is_valid().to_numpy(zero_copy_only=False)).tolist():
-            rows[place] = None
+    rows: list[Any] = []
+    for chunk in column.chunks:
+        flat = chunk.flatten()
+        if flat.null_count:
+            raise _Damaged(f"column {name} holds nulls in its lists")
+        lengths = chunk.value_lengths().fill_null(0).to_numpy()
+        values, width = flat.to_numpy(), int(lengths.max(initial=0))
+        if width and chunk.null_count == 0 and (lengths == width).all():
+            rows += values.reshape(-1, width).tolist()
+            continue
+        entries, ends = values.tolist(), np.cumsum(lengths).tolist()
+        part: list[Any] = [entries[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        for place in np.flatnonzero(chunk.is_null().to_numpy(zero_copy_only=False)).tolist():
+            part[place] = None
+        rows += part
     return rows
 
 
-def _whole(rows: list[Any] | None) -> list[Any] | None:
-    return None if rows is None or None in rows else rows
+def _part(rows: list[Any] | None, a: int, b: int) -> list[Any] | None:
+    """Rows a..b, or ``None`` where there is nothing."""
+    return None if rows is None or rows[a] is None else rows[a:b]
 
 
-def _pair(part: dict[str, Any], name: str) -> tuple[list[Any], list[Any]] | None:
-    ids, weights = _whole(part[f"{name}_ids"]), _whole(part[f"{name}_weights"])
+def _pair(columns: Sequence[list[Any] | None], a: int, b: int) -> Any:
+    ids, weights = (_part(rows, a, b) for rows in columns)
     return None if ids is None or weights is None else (ids, weights)
+
+
+def _requests(column: Any, starts: Any, ends: Sequence[int]) -> list[Sequence[int]]:
+    """The requests of each event; events of one token that have the same share one list, as the
+    events of one forward do when they are recorded."""
+    known: dict[int | None, Sequence[int]] = {None: ()}
+    found: list[Sequence[int]] = []
+    rows = column.to_pylist()
+    for a, b in zip(starts.tolist(), ends, strict=True):
+        first = rows[a]
+        if b - a == 1 or first is None:
+            if first not in known:
+                known[first] = [first]
+            found.append(known[first])
+        else:
+            found.append(rows[a:b])
+    return found
+
+
+class _Ahead:
+    """The look-ahead of any event."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self._ids, self._weights = (
+            _lists(f"next_{name}", columns[f"next_{name}"]) for name in ("ids", "weights")
+        )
+        layers = columns.get("next_layers")
+        if layers is not None and self._ids is not None and self._only_next(columns):
+            layers = None
+        self._layers = None if layers is None else _lists("next_layers", layers)
+
+    @staticmethod
+    def _only_next(columns: dict[str, Any]) -> bool:
+        """Whether all that was foreseen is of the next layer: then nothing has to be sorted."""
+        layers = columns["next_layers"]
+        flat = [chunk.flatten().to_numpy() for chunk in layers.chunks]
+        after = np.repeat(columns["layer"].to_numpy() + 1, _lengths(layers))
+        return np.array_equal(np.concatenate(flat), after)
+
+    def of(self, a: int, b: int, layer: int) -> dict[int, tuple[list[Any], list[Any]]]:
+        pair = _pair((self._ids, self._weights), a, b)
+        if pair is None:
+            return {}
+        if self._layers is None:
+            return {layer + 1: pair}
+        found: dict[int, tuple[list[Any], list[Any]]] = {}
+        for row, (layers, ids, weights) in enumerate(zip(self._layers[a:b], *pair, strict=True)):
+            for later, expert, weight in zip(layers, ids, weights, strict=True):
+                said, weighed = found.setdefault(later, ([], []))
+                if len(said) == row:
+                    said.append([])
+                    weighed.append([])
+                said[row].append(expert)
+                weighed[row].append(weight)
+        return found
 
 
 # ----------------------------------------------------------------------------------- route CSVs
@@ -261,65 +447,149 @@ def _pair(part: dict[str, Any], name: str) -> tuple[list[Any], list[Any]] | None
 
 def import_csv(path: str | Path) -> Trace:
     """The public route format of BigMoeOnEdge: comment lines with the shape, then one line per
-    (turn, phase, step, layer, rank). A prompt's tokens of one layer become one event.
+    (turn, phase, step, layer, rank). A prompt's tokens of one layer become one event; a turn is a
+    sequence.
 
     ``expert_bytes`` comes from the head of the file: the column is 0 where the expert was resident.
+    Layers without experts are not counted.
     """
-    sizes: dict[int, int] = {}
-    about: dict[str, str] = {}
-    order: dict[tuple[int, int, int], LayerEvent] = {}
-    turns: list[int] = []
+    routes = _Routes()
+    number = 1  # of the line at which it went wrong; the end counts as one
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                _csv_line(path, number, line.strip(), about, sizes, order, turns)
+            for line in file:
+                routes.take(line.strip())
+                number += 1
+        return routes.trace(Path(path).name)
     except OSError as e:
         raise TraceError(f"{path}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError:
         raise TraceError(f"{path}: not a text file; a route CSV is expected") from None
-    if not order or not sizes or "n_expert" not in about:
-        raise TraceError(f"{path}: not a route CSV: its head or its rows are missing")
-    layers = max(sizes) + 1
-    shape = Shape(
-        model=Path(about.get("model", "imported")).stem,
-        experts=(int(about["n_expert"]),) * layers,
-        top_k=int(about["n_expert_used"]),
-        expert_bytes=tuple(sizes[layer] for layer in range(layers)),
-        format="as imported",
-        source=Path(path).name,
-    )
-    return Trace(shape, list(order.values()), turns)
+    except _Damaged as e:
+        raise TraceError(f"{path}: line {number}: {e}") from None
 
 
-def _csv_line(
-    path: str | Path, number: int, line: str, about: dict[str, str], sizes: dict[int, int],
-    order: dict[tuple[int, int, int], LayerEvent], turns: list[int],
-) -> None:  # fmt: skip
-    if line.startswith("#"):
-        told = dict(word.split("=", 1) for word in line[1:].split() if "=" in word)
+_WORD = re.compile(r"(\w+)=(.*?)(?=\s+\w+=|$)")  # the path of a model may hold blanks
+_NEEDED = ("turn", "phase", "step", "layer", "slot", "expert", "weight")
+
+
+class _Routes:
+    """A route CSV, line by line."""
+
+    def __init__(self) -> None:
+        self._version = ""
+        self._about: dict[str, str] = {}
+        self._sizes: dict[int, int] = {}
+        self._places: list[int] | None = None  # of the needed columns
+        self._moe: dict[int, int] = {}  # decoder layer -> MoE layer
+        self._events: dict[tuple[int, int, int], LayerEvent] = {}
+        self._turns: list[int] = []
+        self._prompts: dict[int, int] = {}  # turn -> first step of its prompt
+        self._experts = self._top_k = 0
+
+    def take(self, line: str) -> None:
+        if line.startswith("#"):
+            self._head(line[1:].strip())
+        elif line and self._places is None:
+            self._begin(line)
+        elif line:
+            self._row(line)
+
+    def _head(self, line: str) -> None:
+        if line.startswith("route_trace"):
+            self._version = line
+            return
+        told = dict(_WORD.findall(line))
         if "layer" in told:
-            sizes[int(told["layer"])] = int(told["expert_bytes"])
-        about.update(told)
-        return
-    if not line or line.startswith("turn,"):
-        return
+            self._sizes[_whole(told, "layer")] = _whole(told, "expert_bytes")
+        else:
+            self._about.update(told)
+
+    def _begin(self, line: str) -> None:
+        """The line that names the columns: the head is complete."""
+        if self._version != "route_trace v1":
+            raise _Damaged("not a route CSV: '# route_trace v1' is expected before the columns")
+        names = line.split(",")
+        missing = [name for name in _NEEDED if name not in names]
+        if missing:
+            raise _Damaged(f"column {missing[0]} is not among {line[:80]!r}")
+        self._places = [names.index(name) for name in _NEEDED]
+        self._experts = _whole(self._about, "n_expert")
+        self._top_k = _whole(self._about, "n_expert_used")
+        with_experts = sorted(layer for layer, size in self._sizes.items() if size)
+        self._moe = {layer: number for number, layer in enumerate(with_experts)}
+
+    def _row(self, line: str) -> None:
+        assert self._places is not None
+        cells = line.split(",")
+        try:
+            *whole, text = (cells[place] for place in self._places)
+            turn, phase, step, layer, rank, expert = map(int, whole)
+            weight = float(text)
+        except (ValueError, IndexError):
+            raise _Damaged(f"not {','.join(_NEEDED)}: {line[:60]!r}") from None
+        if phase not in (0, 1) or not math.isfinite(weight):
+            raise _Damaged("phase is 0 (prompt) or 1 (decode) and weight a number")
+        if layer not in self._moe:
+            raise _Damaged(f"layer {layer} has no expert_bytes in the head")
+        if not 0 <= expert < self._experts:
+            raise _Damaged(f"there is no expert {expert} among {self._experts}")
+        event = self._event(turn, phase, step, self._moe[layer])
+        self._pair(event, rank, expert, weight)
+
+    def _event(self, turn: int, phase: int, step: int, layer: int) -> LayerEvent:
+        if phase == 0:
+            step = self._prompts.setdefault(turn, step)
+        key = turn, step, layer
+        event = self._events.get(key)
+        if event is None:
+            kind = Phase.DECODE if phase else Phase.PREFILL
+            event = self._events[key] = LayerEvent(step, layer, kind, [], [])
+            self._turns.append(turn)
+        return event
+
+    def _pair(self, event: LayerEvent, rank: int, expert: int, weight: float) -> None:
+        """One rank of one token; ranks come in order, and tokens whole."""
+        ids: Any = event.ids
+        weights: Any = event.weights
+        have = len(ids[-1]) if ids else self._top_k
+        if rank == 0 and have == self._top_k and not (ids and event.phase is Phase.DECODE):
+            ids.append([])
+            weights.append([])
+        elif rank != have or rank == self._top_k:
+            expected = have if have < self._top_k else 0
+            raise _Damaged(f"slot {expected} of a new or begun token is expected, not {rank}")
+        if expert in ids[-1]:
+            raise _Damaged(f"expert {expert} is named twice by one token")
+        ids[-1].append(expert)
+        weights[-1].append(float(np.float32(weight)))
+
+    def trace(self, name: str) -> Trace:
+        """All of it, once the last line was taken."""
+        if not self._events:
+            raise _Damaged("not a route CSV: it ends without a row")
+        for event in self._events.values():
+            if len(event.ids[-1]) != self._top_k:
+                raise _Damaged(f"the file ends within a token of step {event.step}")
+        shape = Shape(
+            model=Path(self._about.get("model", "imported")).stem,
+            experts=(self._experts,) * len(self._moe),
+            top_k=self._top_k,
+            expert_bytes=tuple(self._sizes[layer] for layer in self._moe),
+            format="as imported",
+            source=name,
+        )
+        return Trace(shape, list(self._events.values()), self._turns)
+
+
+def _whole(told: dict[str, str], name: str) -> int:
+    """A number of the head that has to be there."""
     try:
-        turn, phase, step, layer, rank, expert = map(int, line.split(",")[:6])
-        weight = float(line.split(",")[6])
-    except (ValueError, IndexError):
-        raise TraceError(
-            f"{path}: line {number} is not turn,phase,step,layer,...: {line[:60]!r}"
-        ) from None
-    key = turn, -1 if phase == 0 else step, layer
-    event = order.get(key)
-    if event is None:
-        kind = Phase.PREFILL if phase == 0 else Phase.DECODE
-        event = order[key] = LayerEvent(0 if phase == 0 else step, layer, kind, [], [])
-        turns.append(turn)
-    if rank == 0:
-        event.ids.append([])  # type: ignore[attr-defined]
-        event.weights.append([])  # type: ignore[attr-defined]
-    if not event.ids:
-        raise TraceError(f"{path}: line {number}: rank {rank} comes before rank 0")
-    event.ids[-1].append(expert)  # type: ignore[attr-defined]
-    event.weights[-1].append(weight)  # type: ignore[attr-defined]
+        value = int(told[name])
+    except KeyError:
+        raise _Damaged(f"not a route CSV: the head does not tell {name}") from None
+    except ValueError:
+        raise _Damaged(f"{name} is {told[name]!r}, not a whole number") from None
+    if value < 0:
+        raise _Damaged(f"{name} is {value}, and cannot be negative")
+    return value
