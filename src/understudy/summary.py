@@ -212,9 +212,11 @@ def _drawn(dice: np.random.Generator, sizes: Floats, odds: Floats) -> Floats:
         return found
     with np.errstate(divide="ignore"):
         keys = np.log(odds) + dice.gumbel(size=found.shape)
-    order = np.argsort(-keys, axis=1)
-    taken = np.arange(len(odds)) < sizes[:, None]
-    np.put_along_axis(found, order, taken.astype(float), axis=1)
+    most = int(sizes.max())
+    largest = np.argpartition(-keys, min(most, len(odds) - 1), axis=1)[:, :most]
+    order = np.argsort(-np.take_along_axis(keys, largest, 1), axis=1)
+    taken = np.arange(most) < sizes[:, None]
+    np.put_along_axis(found, np.take_along_axis(largest, order, 1), taken.astype(float), axis=1)
     return found
 
 

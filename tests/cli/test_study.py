@@ -1,4 +1,4 @@
-"""``trace`` and ``compare`` for real, on the small reference model."""
+"""``compare`` for real, on the small reference model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from understudy.cli import main
-from understudy.core import Phase
-from understudy.trace import read
 
 FINE = Path(__file__).parents[2] / "models" / "fine"
 SMALL = ("--max-context", "96", "--slots", "25%", "--threads", "1", "--frame", "eager")
@@ -37,59 +35,6 @@ def real(capsys: pytest.CaptureFixture[str]) -> Real:
 
 def last(out: str) -> Any:
     return json.loads(out.splitlines()[-1])
-
-
-# ----------------------------------------------------------------------------------------- trace
-
-
-def test_a_trace_is_recorded_and_summarised(real: Real, tmp_path: Path) -> None:
-    path = tmp_path / "t.parquet"
-    code, out, _ = real(
-        *("trace", str(FINE), "-o", str(path), "--sequences", "2", "-p", "12", "--tokens", "9"),
-        *("--scores", "--json", *SMALL),
-    )
-    assert code == 0
-    found = read(path)
-    assert last(out)["rows"] == 2 * 10 * (12 + 8)  # the last answer token is never fed back
-    prompts = [e for e in found.events if e.phase is Phase.PREFILL]
-    assert len(prompts) == 2 * 10
-    assert len(found.events) == 2 * 10 * (1 + 8)
-    for event in found.events:
-        assert event.scores is not None
-        for ids, weights, scores in zip(event.ids, event.weights, event.scores, strict=True):
-            assert sum(scores) == pytest.approx(1, abs=1e-3)
-            others = [scores[e] for e in range(32) if e not in ids]
-            assert min(scores[e] for e in ids) >= max(others)  # this family takes the likeliest
-            chosen = sum(scores[e] for e in ids)
-            assert list(weights) == pytest.approx([scores[e] / chosen for e in ids], abs=0.01)
-    seen = [e for e in found.events if e.phase is Phase.DECODE and e.layer < 9]
-    assert all(set(e.lookahead) == {e.layer + 1} for e in seen)
-
-    picture = tmp_path / "t.png"
-    code, out, _ = real("trace", "--summary", str(path), "--plot", str(picture), "--json")
-    assert (code, picture.read_bytes()[:4]) == (0, b"\x89PNG")
-    assert [one["layer"] for one in last(out)["layers"]] == list(range(10))
-    assert last(out)["overall"]["overlap_uniform"] == pytest.approx(4 / 32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ((), "name the trace to write with -o"),
-        (("-o", "t.parquet"), "name a MODEL to record"),
-        (("--summary", "none.parquet"), "no such trace"),
-        (("--import", "none.csv", "-o", "t.parquet"), "none.csv: cannot be read"),
-        ((str(FINE), "-o", "t.parquet", "--data", "none.txt"), "none.txt: cannot be read as text"),
-    ],
-)
-def test_trace_refuses_what_cannot_work(
-    real: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, complaint: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, _, err = real("trace", *arguments)
-    assert (code, err.count("error:")) == (2, 1)
-    assert complaint in err
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------- compare
