@@ -19,6 +19,7 @@ from statistics import median, stdev
 from typing import TYPE_CHECKING, Any
 
 from understudy import plan as planning
+from understudy import texts
 from understudy.core import Counters, LayerEvent, Phase, UnderstudyError, UnknownName
 from understudy.registry import (
     EVICTORS,
@@ -176,16 +177,9 @@ def _slots(policy: Policy, plan: planning.Plan) -> int | None:
 # --------------------------------------------------------------------------------------- rounds
 
 
-def real_text() -> str:
-    """English prose and code that every Python carries: random tokens would route like no text."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
 def prompts(engine: Engine, count: int, length: int) -> list[list[int]]:
     """``count`` different pieces of real text of ``length`` tokens each."""
-    ids = engine.encode(real_text()[: 40 * count * length])
+    ids = engine.encode(texts.python_docs()[: 40 * count * length])
     while len(ids) < count * length:
         ids = ids + ids
     return [ids[i * length : (i + 1) * length] for i in range(count)]

@@ -37,20 +37,18 @@ def python_docs() -> str:
 def read(path: Path) -> str:
     """The text of one file: .txt and the like, .xz of it, or .jsonl with a text field."""
     try:
-        if path.suffix == ".xz":
-            with lzma.open(path, "rt", encoding="utf-8") as file:
-                text = file.read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except (OSError, lzma.LZMAError, EOFError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UnderstudyError(
-            f"{path}: cannot be read as text ({reason}); name another file"
-        ) from e
-    if path.suffix == ".jsonl":
+        data = path.read_bytes()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    except OSError as e:
+        raise UnderstudyError(f"cannot read {path}: {e.strerror}; name another file") from e
+    except lzma.LZMAError as e:
+        raise UnderstudyError(f"{path} is no xz file ({e}); name another") from e
+    except UnicodeDecodeError as e:
+        raise UnderstudyError(f"{path} is not a text file in UTF-8; name another") from e
+    if ".jsonl" in path.suffixes:
         text = "\n\n".join(_lines(path, text))
     if not text.strip():
-        raise UnderstudyError(f"{path}: holds no text; name another file")
+        raise UnderstudyError(f"{path} holds no text; leave it out")
     return text
 
 
@@ -63,6 +61,6 @@ def _lines(path: Path, text: str) -> Iterator[str]:
             yield next(str(told[name]) for name in FIELDS if name in told)
         except (ValueError, TypeError, StopIteration):
             raise UnderstudyError(
-                f"{path}: line {number} is no JSON object with {', '.join(FIELDS[:-1])} or "
-                f"{FIELDS[-1]}"
+                f"{path}: line {number} is no JSON object with one of the fields "
+                f"{', '.join(FIELDS)}"
             ) from None

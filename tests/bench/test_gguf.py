@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from understudy.bench import real_text
+from understudy.texts import python_docs
 from understudy.demo import models_folder
 
 gguf = pytest.importorskip("gguf")
@@ -41,7 +41,7 @@ def test_llama_cpp_prefers_the_same_tokens(model, tmp_path) -> None:
     path = tmp_path / "model.gguf"
     gguf_file.write(model, path, "bf16")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(real_text()[:2000]).input_ids[:128]
+    ids = tokenizer(python_docs()[:2000]).input_ids[:128]
     plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
         expected = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -50,7 +50,7 @@ def test_llama_cpp_prefers_the_same_tokens(model, tmp_path) -> None:
     got = torch.from_numpy(np.array(llama.scores[: len(ids)])).log_softmax(-1)
     assert (expected.argmax(-1) == got.argmax(-1)).float().mean() > 0.95
     assert (expected.exp() * (expected - got)).sum(-1).mean() < 0.005
-    text = real_text()[:300]
+    text = python_docs()[:300]
     assert llama.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
 
 

@@ -240,7 +240,7 @@ def test_the_public_trace_of_qwen3_is_summarised(understudy: Command, tmp_path: 
         (("--summary", "bad.csv"), "bad.csv: cannot be read as a trace"),
         (("--summary", "empty.parquet"), "empty.parquet: holds no events"),
         (("--summary", "one.parquet", "--plot", "none/t.png"), "cannot write none/t.png"),
-        (("model", "-o", "t", "--data", "none.txt"), "none.txt: cannot be read as text"),
+        (("model", "-o", "t", "--data", "none.txt"), "cannot read none.txt"),
         (("model", "-o", "t", "--predictor", "nextgate"), "no predictor named 'nextgate'"),
     ],
 )

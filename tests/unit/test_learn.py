@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from understudy import model as guest
-from understudy.bench import real_text
+from understudy.texts import python_docs
 from understudy.core import BudgetTooSmall, UnderstudyError
 from understudy.engine import Engine, load
 from understudy.experts.estimator import Estimator
@@ -28,7 +28,7 @@ from understudy.learn.train import Pairs, divergence, train
 from understudy.policies import buddy
 from understudy.profile import Profile
 
-TEXT = real_text()[:30_000]
+TEXT = python_docs()[:30_000]
 HOW = Settings(
     tokens=1200, window=24, smoothing=5.0, sample=40, probed=2, seed=3,
     estimator=Training(tokens=600, epochs=2, width=8, batch=64),

@@ -68,9 +68,9 @@ def pack(
 
 
 def _real_text() -> str:
-    from understudy.bench import real_text
+    from understudy.texts import python_docs
 
-    return real_text()
+    return python_docs()
 
 
 def _read(file: Path) -> str:

@@ -122,13 +122,13 @@ def _target(model: str, out: Path | None) -> Path:
 
 
 def _texts(data: Sequence[Path] | None) -> list[Source]:
-    from understudy.bench import real_text
+    from understudy.texts import python_docs
     from understudy.learn import Source, read
 
     if data:
         return [read(path) for path in data]
     screen.say("no --data: learning from Python's own manual; give text like what will be asked")
-    text = real_text()
+    text = python_docs()
     return [Source.of("Python's manual (pydoc_data.topics)", text.encode(), text)]
 
 

@@ -1,22 +1,21 @@
 """Calibration text: files read, cut into windows of tokens, some of them held out.
 
-Knows: plain text, xz, JSON lines; how windows are drawn and split. Does not know: models.
+Knows: how windows are drawn and split, what identifies a file. Does not know: models, how a file is
+read (`texts`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from understudy import texts
 from understudy.core import UnderstudyError
 
-FIELDS = ("text", "question")  # of a JSON line, the first that is there
 LETTERS = 12  # per token, more than any text has
 EVERY = 5  # one window of so many is held out
 
@@ -41,30 +40,9 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """A file of text (.xz is unpacked), or of JSON lines with a field ``text`` or ``question``."""
-    try:
-        data = path.read_bytes()
-        plain = lzma.decompress(data) if path.suffix == ".xz" else data
-        text = plain.decode("utf-8")
-        if ".jsonl" in path.suffixes:
-            text = "\n\n".join(_said(json.loads(line)) for line in text.splitlines() if line)
-    except OSError as e:
-        raise UnderstudyError(f"cannot read {path}: {e.strerror}") from e
-    except lzma.LZMAError as e:
-        raise UnderstudyError(f"{path} is no xz file: {e}") from e
-    except UnicodeDecodeError as e:
-        raise UnderstudyError(f"{path} is not a text file in UTF-8") from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise UnderstudyError(
-            f"{path}: a line is no JSON object with one of the fields {', '.join(FIELDS)}"
-        ) from e
-    if not text.strip():
-        raise UnderstudyError(f"{path} holds no text; leave it out")
-    return Source.of(path.name, data, text)
-
-
-def _said(line: dict[str, Any]) -> str:
-    return str(line[next((name for name in FIELDS if name in line), FIELDS[0])])
+    """A file that `texts.read` can read."""
+    text = texts.read(path)
+    return Source.of(path.name, path.read_bytes(), text)
 
 
 # ------------------------------------------------------------------------------------- windows
