@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from understudy.texts import python_docs
 from understudy.demo import models_folder
+from understudy.texts import python_docs
 
 gguf = pytest.importorskip("gguf")
 

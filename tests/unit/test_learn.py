@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from understudy import model as guest
-from understudy.texts import python_docs
 from understudy.core import BudgetTooSmall, UnderstudyError
 from understudy.engine import Engine, load
 from understudy.experts.estimator import Estimator
@@ -27,6 +26,7 @@ from understudy.learn.text import Windows, windows
 from understudy.learn.train import Pairs, divergence, train
 from understudy.policies import buddy
 from understudy.profile import Profile
+from understudy.texts import python_docs
 
 TEXT = python_docs()[:30_000]
 HOW = Settings(

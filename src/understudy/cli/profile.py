@@ -122,8 +122,8 @@ def _target(model: str, out: Path | None) -> Path:
 
 
 def _texts(data: Sequence[Path] | None) -> list[Source]:
-    from understudy.texts import python_docs
     from understudy.learn import Source, read
+    from understudy.texts import python_docs
 
     if data:
         return [read(path) for path in data]
