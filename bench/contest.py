@@ -19,8 +19,8 @@ from bench.cells import Cell
 from bench.contestants import NAMES, Contestant, chosen
 from bench.match import Course, Rates, Score, play
 from bench.memory_limit import why_not
-from understudy import texts
 from understudy.core import UnderstudyError
+from understudy.texts import python_docs
 
 Rows = list[dict[str, Any]]
 
@@ -143,7 +143,7 @@ def texts(model: Path, count: int, prompt_tokens: int, new_tokens: int) -> Cours
 
     length = prompt_tokens + new_tokens
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    ids = tokenizer(texts.python_docs()[: 40 * count * length], verbose=False).input_ids
+    ids = tokenizer(python_docs()[: 40 * count * length], verbose=False).input_ids
     while len(ids) < count * length:
         ids = ids + ids
     pieces = [ids[i * length : (i + 1) * length] for i in range(count)]
