@@ -76,7 +76,10 @@ class Profile:
         part = path.with_name(path.name + ".part")
         metadata = {"understudy_profile": VERSION, "provenance": json.dumps(dict(self.provenance))}
         try:
+            part.touch()  # with the rights that any new file gets; safetensors gives them to nobody
+            rights = part.stat().st_mode
             save_file({k: v.contiguous() for k, v in self.tensors.items()}, part, metadata)
+            part.chmod(rights)
             os.replace(part, path)
         except (OSError, SafetensorError) as e:
             reason = getattr(e, "strerror", None) or e
