@@ -155,7 +155,7 @@ def test_one_that_cannot_run_does_not_spoil_the_others(
     ("arguments", "complaint"),
     [
         (("--policies", "lru,lfuu"), "no policy named 'lfuu'; did you mean 'lfu'?"),
-        (("--data", "no-such-file.txt"), "no-such-file.txt: cannot be read"),
+        (("--data", "no-such-file.txt"), "cannot read no-such-file.txt"),
         (("--tokens", "2000"), "book: too short for 5 pieces of 2013 tokens"),
         (("--sets", "3"), "--sets must be at least 5"),
         (("-o", "no/such/folder/eval.json"), "no/such/folder is no folder"),
