@@ -135,8 +135,9 @@ def named(policies: str | None, options: EngineOptions) -> list[Policy]:
 
 def told(contest: Contest, policies: Sequence[Policy], options: EngineOptions) -> list[str]:
     """What a reader of the report has to know."""
+    held = f"slots: {options.slots}" if options.slots else f"memory: {contest.memory}"
     return [
-        f"{Path(contest.model).name}, {contest.memory} of memory, {len(policies)} policies",
+        f"{Path(contest.model).name}, {held}, {len(policies)} policies",
         f"Speed: {contest.rounds} rounds in turns with on-demand, {contest.prompt_tokens} tokens "
         f"read, {contest.new_tokens} decoded, the same text for all. Time per token is the "
         "median of the rounds' ratios to on-demand, times the median of all on-demand rounds.",
