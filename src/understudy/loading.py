@@ -295,7 +295,7 @@ class Handle:
     def policies(self) -> dict[str, Any]:
         """Names of the policies, whether speculation is on now, what look-ahead cannot see, what
         was given up on this model or disk (chunked prefill, direct I/O), and the weight format."""
-        o = self.options
+        o, look = self.options, self.runtime.lookahead
         return {
             "evictor": o.evictor,
             "predictor": o.predictor,
@@ -305,7 +305,7 @@ class Handle:
             "kernel": ",".join(self.kernels),
             "frame": "eager" if self.frame is None else f"{self.frame.compiled} layers compiled",
             "speculating": self.runtime.director.switch.on,
-            "lookahead_unavailable": dict(self.runtime.lookahead.unavailable),
+            "lookahead_unavailable": {**look.unforeseen, **look.unavailable},
             "direct_io": self.runtime.store.disk.direct,
             "prefill_chunk_size": o.prefill_chunk_size,
             "format": self.anatomy.checkpoint.format,

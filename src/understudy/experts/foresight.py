@@ -25,8 +25,6 @@ import torch
 from understudy.core import Forward, LayerEvent
 from understudy.experts.estimator import Estimator
 
-NAMES = ("router-input", "residual", "drift", "quasi", "shared", "estimator", "hybrid")
-
 
 class NotForeseen(Exception):
     """This layer cannot be asked that way, because ..."""
