@@ -16,7 +16,6 @@ import hashlib
 import html
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 from understudy import bench
 from understudy.bench import ON_DEMAND, Policy, Report
 from understudy.core import UnderstudyError
+from understudy.whole import keep
 
 Bar = Callable[[str], Report]
 
@@ -121,7 +121,7 @@ def run(
             if entry.why and policy.name == ON_DEMAND.name:
                 raise UnderstudyError(entry.why)  # then nothing can be compared
             if not entry.why:
-                _write_whole(kept, json.dumps(asdict(entry)))
+                keep(kept, json.dumps(asdict(entry)))
         entries.append(entry)
     return entries
 
@@ -263,10 +263,10 @@ def write_report(
     """``report.html`` (one file, the plot inside), ``report.png``, ``report.json``."""
     title = f"{Path(contest.model).name} in {contest.memory}"
     picture = draw(entries, title)
-    _write_whole(folder / "report.png", picture)
+    keep(folder / "report.png", picture)
     kept = json.dumps(as_dict(entries, contest, about), indent=1, default=str)
-    _write_whole(folder / "report.json", kept + "\n")
-    _write_whole(folder / "report.html", _page(entries, title, about, picture))
+    keep(folder / "report.json", kept + "\n")
+    keep(folder / "report.html", _page(entries, title, about, picture))
 
 
 def as_dict(entries: Sequence[Entry], contest: Contest, about: Sequence[str]) -> dict[str, Any]:
@@ -334,10 +334,3 @@ def _tuple(value: Any) -> Any:
 
 def _file_name(policy: Policy) -> str:
     return "".join(c if c.isalnum() or c in "-+=." else "_" for c in policy.name)
-
-
-def _write_whole(path: Path, content: str | bytes) -> None:
-    data = content.encode() if isinstance(content, str) else content
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

@@ -230,7 +230,7 @@ def test_no_shape_fits(understudy: Command, traces: SimpleNamespace, shapes: str
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    from understudy.cli.simulate import replacing
+    from understudy.whole import replacing
 
     (tmp_path / "taken").mkdir()
     asked = replacing(tmp_path / "taken")

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "understudy"
 
 # Rooms of one floor never import each other, except where they stand in one cell.
 FLOORS: list[list[set[str]]] = [
-    [{"core", "registry"}],
+    [{"core", "registry", "whole"}],
     [
         {"policies"},
         {"checkpoint"},

@@ -7,7 +7,6 @@ reached (`quality`).
 from __future__ import annotations
 
 import json as json_text
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 from understudy.cli import screen, session
 from understudy.cli.options import EngineOptions, Json, Model, option, takes_engine_options
 from understudy.core import UnderstudyError
+from understudy.whole import keep
 
 if TYPE_CHECKING:
     from understudy.bench import Policy
@@ -89,7 +89,7 @@ def evaluate(
         verdicts, failed = judge_all(opened, chosen, controls, bar)
         result = as_result(opened.exam, verdicts, failed)
     if output is not None:
-        write_whole(output, json_text.dumps(result, indent=1) + "\n")
+        keep(output, json_text.dumps(result, indent=1) + "\n")
     screen.show(table(model, verdicts), json_too=json)
     if not all(v.exact for v in verdicts):
         screen.show(domains_table(verdicts), json_too=json)
@@ -298,14 +298,3 @@ def require_writable(path: Path) -> None:
     """Said before hours of work, not after them."""
     if not path.parent.is_dir():
         raise UnderstudyError(f"{path.parent} is no folder: create it, or name another -o")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise UnderstudyError(f"cannot write {path}: {e.strerror}") from e

@@ -7,9 +7,7 @@ Does not know: what a run does (`understudy.simulate`) or how a trace lies on di
 from __future__ import annotations
 
 import json as json_format
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +18,7 @@ from rich.table import Table
 from understudy.cli import screen, session
 from understudy.cli.options import EngineOptions, Json, option
 from understudy.core import LayerEvent, UnderstudyError
+from understudy.whole import keep, replacing
 
 if TYPE_CHECKING:
     from understudy.simulate import Beside, Machine, Minds, Published, Row, Sizes
@@ -124,8 +123,7 @@ def simulate(
             machines = [replace(found, link=m.link) for m in machines] if link else [found]
         answer = swept(recording, memory, named, machines, plot, json)
     if output is not None:
-        with replacing(output) as temporary:
-            temporary.write_text(json_format.dumps(answer) + "\n", encoding="utf-8")
+        keep(output, json_format.dumps(answer) + "\n")
     if json:
         screen.write_json(answer)
 
@@ -489,18 +487,3 @@ def read_curve(path: Path) -> list[Published]:
             f"{path} is no curve ({error}); it is a CSV with the columns budget_mib, policy, "
             "hit_pct_cum and hit_pct_decode"
         ) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when it is whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UnderstudyError(f"cannot write {path}: {reason}; name another file") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

@@ -7,7 +7,6 @@ becomes a table and a plot. Does not know: the file's columns (`trace`), what th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -22,6 +21,7 @@ from understudy.cli import screen, session
 from understudy.cli.evaluate import Data
 from understudy.cli.options import EngineOptions, Json, option, takes_engine_options
 from understudy.core import UnderstudyError
+from understudy.whole import keep
 
 if TYPE_CHECKING:
     from understudy.core import LayerEvent
@@ -265,17 +265,6 @@ def told(one: LayerSummary) -> dict[str, Any]:
         return None if isinstance(value, float) and isnan(value) else value
 
     return {name: known(value) for name, value in asdict(one).items()}
-
-
-def keep(path: Path, content: bytes) -> None:
-    """Write a file whole, or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UnderstudyError(f"cannot write {path}: {error.strerror}") from error
 
 
 def table(trace: Trace, summary: Summary) -> Table:

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all.
+
+Knows: a temporary name beside the file, and how it takes the file's place. Does not know: what is
+written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from understudy.core import UnderstudyError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UnderstudyError(f"cannot write {path}: {reason}; name another file") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def keep(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
