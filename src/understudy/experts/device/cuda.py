@@ -1,0 +1,174 @@
+"""A real accelerator, in the words of `experts.device`: thin over torch.cuda, and nothing to decide.
+
+Knows: torch.cuda. Does not know: experts, slots, models. Everything here is one call deep, because
+it is what no machine without an accelerator can test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from understudy.core import UnderstudyError
+from understudy.experts.device import DeviceFull, Event, Graph, PinningRefused, Stream
+
+PAGE = 4096
+
+
+def open_cuda(asked: str) -> Cuda:
+    """``cuda`` is the first that is visible, ``cuda:1`` the second."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UnderstudyError(
+            f"--device {asked}: torch {torch.__version__} sees no accelerator here; "
+            "use --device cpu, or install a torch build for your GPU"
+        )
+    _, _, number = asked.partition(":")
+    index = int(number) if number.isdigit() else 0
+    if index >= count:
+        raise UnderstudyError(f"--device {asked}: only {count} visible; use cuda:0")
+    return Cuda(index)
+
+
+class CudaEvent:
+    def __init__(self, stream: torch.cuda.Stream, timed: bool) -> None:
+        self.event = torch.cuda.Event(enable_timing=timed)
+        self.event.record(stream)
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, CudaEvent)
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+class CudaStream:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self._inside: Any = None
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self.stream.wait_event(event.event)
+
+    def record(self, *, timed: bool = False) -> CudaEvent:
+        return CudaEvent(self.stream, timed)
+
+    def __enter__(self) -> CudaStream:
+        self._inside = torch.cuda.stream(self.stream)
+        self._inside.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._inside.__exit__(*exc)
+
+
+class CudaGraph:
+    """Recorded on a stream of its own (the default stream cannot be), repeated on the one in use.
+    Other threads may allocate meanwhile, hence ``thread_local``."""
+
+    def __init__(self, shares: CudaGraph | None) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self._pool = None if shares is None else shares.graph.pool()
+        self._stream = torch.cuda.Stream()
+        self._inside: Any = None
+
+    def begin(self) -> None:
+        torch.cuda.synchronize()
+        self._inside = torch.cuda.stream(self._stream)
+        self._inside.__enter__()
+        pool = {} if self._pool is None else {"pool": self._pool}
+        self.graph.capture_begin(**pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        try:
+            self.graph.capture_end()
+        finally:
+            self._inside.__exit__(None, None, None)
+            torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class Cuda:
+    """See `experts.device.Device`."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
+        self.name = torch.cuda.get_device_name(index)
+        self._pinned: dict[int, torch.Tensor] = {}
+
+    @property
+    def compute(self) -> Stream:
+        return CudaStream(torch.cuda.current_stream(self.torch_device))
+
+    def stream(self, *, urgent: bool = False) -> Stream:
+        return CudaStream(torch.cuda.Stream(self.torch_device, priority=-1 if urgent else 0))
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+
+    def total_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.torch_device)[1])
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError:
+            free = self.free_bytes()
+            raise DeviceFull(
+                f"{self.name} has {free >> 20} MiB free, and {nbytes >> 20} MiB were asked for; "
+                "use a smaller --device-memory"
+            ) from None
+
+    def pin(self, nbytes: int) -> torch.Tensor:
+        """By registering memory of our own: torch's pinned allocator rounds to powers of two."""
+        memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % PAGE
+        memory = memory[start : start + nbytes]
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        if code != 0:
+            with suppress(RuntimeError):
+                torch.cuda.synchronize()  # forget the error: it is answered here
+            raise PinningRefused(
+                f"the system refuses to pin {nbytes >> 20} MiB (CUDA error {code})"
+            )
+        self._pinned[memory.data_ptr()] = memory
+        return memory
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        if self._pinned.pop(memory.data_ptr(), None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def graph(self, shares: Graph | None = None) -> Graph:
+        assert shares is None or isinstance(shares, CudaGraph)
+        return CudaGraph(shares)
+
+    def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
+        kernel[tuple(grid)](*args, **options)
+
+    def fetch(self, *tensors: torch.Tensor) -> list[Any]:
+        """Through pinned memory: a read into pageable memory is staged, and waits twice."""
+        found = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+        for host, tensor in zip(found, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self.compute.record().synchronize()
+        return [host.tolist() for host in found]
+
+    def reads(self, memory: torch.Tensor) -> None:
+        """Nothing to look for."""
