@@ -1,4 +1,4 @@
-"""A real accelerator, in the words of `experts.device`: thin over torch.cuda, and nothing to decide.
+"""A real accelerator, in the words of `experts.device`: thin over torch.cuda, nothing to decide.
 
 Knows: torch.cuda. Does not know: experts, slots, models. Everything here is one call deep, because
 it is what no machine without an accelerator can test.
@@ -46,7 +46,7 @@ class CudaEvent:
 
     def seconds_since(self, earlier: Event) -> float:
         assert isinstance(earlier, CudaEvent)
-        return earlier.event.elapsed_time(self.event) / 1e3
+        return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
 class CudaStream:
@@ -88,8 +88,7 @@ class CudaGraph:
         torch.cuda.synchronize()
         self._inside = torch.cuda.stream(self._stream)
         self._inside.__enter__()
-        pool = {} if self._pool is None else {"pool": self._pool}
-        self.graph.capture_begin(**pool, capture_error_mode="thread_local")
+        self.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> None:
         try:
