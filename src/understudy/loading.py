@@ -33,7 +33,7 @@ from understudy.core import (
     UnderstudyError,
 )
 from understudy.experts import foresight, kernels
-from understudy.experts.compute import ExpertMlp
+from understudy.experts.compute import ExpertMlp, HostCompute
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import Store, slot_bytes
@@ -280,8 +280,9 @@ class Handle:
         anatomy: Anatomy,
         choices: Sequence[kernels.Choice],
         built: frame.Frame | None,
+        store: Store,
     ) -> None:
-        self.frame = built
+        self.frame, self.store = built, store
         self.runtime, self.plan, self.options, self.anatomy = runtime, plan, options, anatomy
         self.kernels = tuple(dict.fromkeys(choice.name for choice in choices))
         self.closed = False
@@ -306,7 +307,7 @@ class Handle:
             "frame": "eager" if self.frame is None else f"{self.frame.compiled} layers compiled",
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": {**look.unforeseen, **look.unavailable},
-            "direct_io": self.runtime.store.disk.direct,
+            "direct_io": self.store.disk.direct,
             "prefill_chunk_size": o.prefill_chunk_size,
             "format": self.anatomy.checkpoint.format,
             "lossy": self.anatomy.lossy,
@@ -365,23 +366,25 @@ def load(
     plan = _fit(anatomy, chosen, total, _resident_bytes(model) + learned, kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
-    runtime, choices = _assemble(anatomy, chosen, plan, model, minds)
-    built = None if minds.needs_residual else _frame(anatomy, chosen, model, runtime, say)
+    runtime, choices, store = _assemble(anatomy, chosen, plan, model, minds)
+    built = None if minds.needs_residual else _frame(anatomy, chosen, model, choices, say)
     guest.attach(model, runtime, anatomy.modules, residuals=minds.needs_residual)
-    model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built)
-    for note in (*_given_up(asked, chosen, runtime), *_slower(choices)):
+    model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built, store)
+    for note in (*_given_up(asked, chosen, runtime, store), *_slower(choices)):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
 
 
-def _frame(a: Anatomy, o: Options, model: Any, runtime: Runtime, say: Any) -> frame.Frame | None:
+def _frame(
+    a: Anatomy, o: Options, model: Any, choices: Sequence[kernels.Choice], say: Any
+) -> frame.Frame | None:
     """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
     small = _expert_parameters(a) < COMPILE_PARAMETERS
     if o.frame == "eager" or (o.frame == "auto" and small):
         return None
-    products = _products(runtime.mlps)
+    products = _products(choices)
     config, guests = guest.text_config(model.config), guest.guests(model)
     routers = guest.routers(model, a.modules)
     built = frame.compile_frame(model, config, guests, routers, products, say)
@@ -396,17 +399,17 @@ def _expert_parameters(a: Anatomy) -> int:
     return sum(prod(shape) for module in a.modules for shape in module.params.values())
 
 
-def _products(mlps: Sequence[ExpertMlp]) -> Any:
+def _products(choices: Sequence[kernels.Choice]) -> Any:
     """The native products of one row, where the native kernel is in use."""
-    native = any(mlp.native_rows for mlp in mlps)
+    native = any(choice.rows for choice in choices)
     return torch.ops.understudy.products.default if native else None
 
 
-def _given_up(asked: Options, o: Options, runtime: Runtime) -> Iterator[str]:
+def _given_up(asked: Options, o: Options, runtime: Runtime, store: Store) -> Iterator[str]:
     """What was asked for (or is the default) and cannot be had here: no silent fallback."""
     if o.prefill_chunk_size != asked.prefill_chunk_size:
         yield "note: prompts are read whole; chunks fail or change the answer in this family"
-    if o.direct_io and not runtime.store.disk.direct:
+    if o.direct_io and not store.disk.direct:
         yield "note: this file system refuses direct I/O; reads go through the page cache"
     unseen = runtime.lookahead.unavailable
     if runtime.director.predictor.lookahead and unseen:
@@ -543,7 +546,7 @@ class _Minds:
 
 def _assemble(
     a: Anatomy, o: Options, plan: planning.Plan, model: Any, minds: _Minds
-) -> tuple[Runtime, list[kernels.Choice]]:
+) -> tuple[Runtime, list[kernels.Choice], Store]:
     """Wire minds and hands: the one place that knows them all."""
     lock = threading.RLock()
     book = Residency(plan.slots)
@@ -569,14 +572,14 @@ def _assemble(
         threads=o.io_threads,
     )
     mlps, choices = _mlps(a, o, model)
-    return Runtime(
+    runtime = Runtime(
         director=director,
-        store=store,
+        compute=HostCompute(store, mlps),
         transfer=transfer,
         lock=lock,
-        mlps=mlps,
-        lookahead=Lookahead(guest.routers(model, a.modules), _products(mlps), minds.foresight),
-    ), choices
+        lookahead=Lookahead(guest.routers(model, a.modules), _products(choices), minds.foresight),
+    )
+    return runtime, choices, store
 
 
 def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:

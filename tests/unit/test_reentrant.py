@@ -127,7 +127,7 @@ def test_an_exception_in_the_middle_holds_no_pins_and_no_forward(
     failure: type[BaseException],
 ) -> None:
     prompt = tokens(9)
-    mlps = model.understudy.runtime.mlps
+    mlps = model.understudy.runtime.compute.mlps
     mlp, computed = mlps[layer], []
 
     class BreaksDown:

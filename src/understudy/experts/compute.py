@@ -15,7 +15,7 @@ import ctypes
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
 from understudy import formats, native
-from understudy.core import STORED
-from understudy.experts.store import Weights
+from understudy.core import STORED, ExpertId
+from understudy.experts.store import Store, Weights
 
 Pieces = Sequence[torch.Tensor]
 
@@ -35,6 +35,38 @@ _EXACT = {
     torch.float16: (torch.float16, torch.float32),
     torch.bfloat16: (torch.bfloat16, torch.float32),
 }
+
+
+class Work(Protocol):
+    """One event being computed: x [T, H] by experts ids [T, k], which become ready one by one.
+
+    ``out`` [T * k, H]: what every expert made of its tokens, unweighted (where it was to be kept).
+    """
+
+    x: torch.Tensor
+    out: torch.Tensor
+    tokens: int
+    k: int
+
+    def __contains__(self, expert: int) -> bool: ...
+    def run(self, ready: Sequence[tuple[ExpertId, int]]) -> None:
+        """Compute experts that are there, each in its slot."""
+
+    def skip(self, expert: int) -> None: ...
+    def sum(self) -> torch.Tensor:
+        """[T, H]: the weighted sum over ranks, in rank order, rounded once."""
+
+
+class Compute(Protocol):
+    """Where experts are computed."""
+
+    def begin(
+        self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
+        *, keep: bool = False,
+    ) -> Work:  # fmt: skip
+        """``keep``: somebody will look at `Work.out`."""
+
+    def close(self) -> None: ...
 
 
 def bucket(rows: int) -> int:
@@ -299,3 +331,36 @@ class Batch:
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, rounded once."""
         return native.weighted_sum(self.out.view(self.tokens, self.k, -1), self.weights)
+
+
+class HostCompute:
+    """Experts computed by the CPU, from the slots of ``store``. ``mlps``: one per MoE layer."""
+
+    def __init__(self, store: Store, mlps: Sequence[ExpertMlp]) -> None:
+        self.store, self.mlps = store, mlps
+
+    def begin(
+        self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
+        *, keep: bool = False,
+    ) -> HostWork:  # fmt: skip
+        return HostWork(self, layer, x, ids, weights)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+class HostWork(Batch):
+    """A `Batch` that knows its layer's MLP, and where weights are."""
+
+    def __init__(
+        self, place: HostCompute, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]],
+        weights: torch.Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(x, ids, weights)
+        self._place, self._layer = place, layer
+
+    def run(self, ready: Sequence[tuple[ExpertId, int]]) -> None:
+        """Compute experts that are there, each in its slot."""
+        weights = self._place.store.weights
+        found = [(e.expert, weights(e, slot)) for e, slot in ready]
+        self.compute_many(found, self._place.mlps[self._layer])

@@ -1,7 +1,7 @@
 """The seam: carries out one `LayerPlan` per MoE layer and step.
 
-Knows: the director (a mind), the transfer queue, the store, the expert MLPs, the clock. Does not
-know: transformers, or why a plan is what it is.
+Knows: the director (a mind), the transfer queue, whoever computes, the clock. Does not know:
+transformers, why a plan is what it is, or on which side of the link experts are computed.
 
     event -> decide -> start loads -> compute what is there -> look ahead while loads fly, offer
           speculation to the idle link -> compute each load as it lands -> sum in fixed order
@@ -34,11 +34,10 @@ from understudy.core import (
     Phase,
     current_forward,
 )
-from understudy.experts.compute import Batch, ExpertMlp
+from understudy.experts.compute import Compute, Work
 from understudy.experts.interrupts import Deferred
 from understudy.experts.lookahead import Lookahead
-from understudy.experts.store import Store
-from understudy.experts.transfer import TransferQueue
+from understudy.experts.transfer import Transfer
 from understudy.policies.director import Director
 from understudy.policies.residency import State
 
@@ -71,14 +70,13 @@ class Runtime:
         self,
         *,
         director: Director,
-        store: Store,
-        transfer: TransferQueue,
+        compute: Compute,
+        transfer: Transfer,
         lock: threading.RLock,
-        mlps: Sequence[ExpertMlp],
         lookahead: Lookahead,
     ) -> None:
-        self.director, self.store, self.transfer = director, store, transfer
-        self.mlps, self.lookahead = mlps, lookahead
+        self.director, self.compute, self.transfer = director, compute, transfer
+        self.lookahead = lookahead
         self.recording: list[LayerEvent] | None = None
         self.watch: Callable[[Seen], None] | None = None
         self.wants_scores = director.route.wants_scores
@@ -94,8 +92,10 @@ class Runtime:
         with self._lock:
             total = self.director.counters.copy()
             total.prefetch_cancelled = self.transfer.cancelled
+            stalled = self.transfer.stalled
         for name in _OF_THE_HANDS:
             setattr(total, name, getattr(self._clock, name))
+        total.stall_seconds += stalled
         return total
 
     # --------------------------------------------------------------------------- around a forward
@@ -174,19 +174,20 @@ class Runtime:
         self, call: _Call, event: LayerEvent, interrupts: Deferred | None
     ) -> torch.Tensor:
         with self._lock:
+            self.transfer.tend()
             plan = self.director.decide(event)
             errand, foretell = None, self.director.route.wants_foretold
             if foretell or not self.director.ample or len(plan.hits) < len(plan.order):
                 errand = _Errand(self.director, self.transfer, plan)
         if errand is None:  # all are here, and nobody ever leaves
-            batch, book = self._batch(call, event, plan), self.director.book
-            self._compute(batch, call, [(e, book[e].index) for e in plan.order])
-            return self._sum(batch, call, plan.event)
+            work, book = self._work(call, event, plan), self.director.book
+            work.run([(e, book[e].index) for e in plan.order])
+            return self._sum(work, call, plan.event)
         assert interrupts is not None, "an expert left a model that holds all of them"
         try:
-            batch = self._batch(call, event, plan)
-            self._errand(call, event, plan, errand, batch, interrupts)
-            return self._sum(batch, call, plan.event)
+            work = self._work(call, event, plan)
+            self._errand(call, event, plan, errand, work, interrupts)
+            return self._sum(work, call, plan.event)
         finally:
             with self._lock:
                 errand.release()
@@ -195,14 +196,14 @@ class Runtime:
                 self._settled = held and not self.director.route.wants_foretold
             self._clock.stall_seconds += errand.stall_seconds
 
-    def _sum(self, batch: Batch, call: _Call, event: LayerEvent) -> torch.Tensor:
+    def _sum(self, work: Work, call: _Call, event: LayerEvent) -> torch.Tensor:
         if self.watch is not None:
-            out = batch.out.view(batch.tokens, batch.k, -1)
-            self.watch(Seen(event, call.forward, batch.x, out))
-        return batch.sum()
+            out = work.out.view(work.tokens, work.k, -1)
+            self.watch(Seen(event, call.forward, work.x, out))
+        return work.sum()
 
     def _errand(
-        self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand, batch: Batch,
+        self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand, work: Work,
         interrupts: Deferred,
     ) -> None:  # fmt: skip
         """Compute hits while loads fly, then each load as it lands. A free link gets its guesses
@@ -217,15 +218,11 @@ class Runtime:
             if not ready:
                 with self._lock:
                     ready = errand.next_ready(interrupts)
-            self._compute(batch, call, ready)
+            work.run(ready)
             with self._lock:
                 errand.computed(ready)
         if not asked:
             self._look_ahead(call, event, plan, errand)
-
-    def _compute(self, batch: Batch, call: _Call, ready: Sequence[tuple[ExpertId, int]]) -> None:
-        found = [(e.expert, self.store.weights(e, slot)) for e, slot in ready]
-        batch.compute_many(found, self.mlps[call.layer])
 
     def _look_ahead(self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand) -> None:
         """Ask later routers, and offer what the minds make of it to the idle link. ``event`` is as
@@ -241,20 +238,22 @@ class Runtime:
         with self._lock:
             errand.offer(self.director.foresee(plan.event))
 
-    def _batch(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Batch:
+    def _work(self, call: _Call, event: LayerEvent, plan: LayerPlan) -> Work:
         """The tokens by expert; what a policy changed about them is counted here."""
         weights = call.weights
         if plan.event is not event:
-            weights = torch.tensor(plan.event.weights, dtype=weights.dtype)
+            weights = torch.tensor(plan.event.weights, dtype=weights.dtype, device=weights.device)
             self._clock.count_changes(event, plan.event)
-        batch = Batch(call.x, plan.event.ids, weights)
-        if NOBODY in batch:
-            batch.skip(NOBODY)
+        work = self.compute.begin(
+            call.layer, call.x, plan.event.ids, weights, keep=self.watch is not None
+        )
+        if NOBODY in work:
+            work.skip(NOBODY)
         if plan.skipped:
             self._clock.count_left_out(plan.event, plan.skipped)
         for expert in plan.skipped:
-            batch.skip(expert.expert)
-        return batch
+            work.skip(expert.expert)
+        return work
 
     # ------------------------------------------------------------------------------------ the end
 
@@ -263,7 +262,7 @@ class Runtime:
         that waits for an expert in another thread; one that computes finishes its event first."""
         self.transfer.close()
         with self._section:
-            self.store.close()
+            self.compute.close()
 
 
 @dataclass(slots=True)
@@ -285,7 +284,7 @@ class _Errand:
     ``pinned``: experts that must stay until they are.
     """
 
-    def __init__(self, director: Director, transfer: TransferQueue, plan: LayerPlan) -> None:
+    def __init__(self, director: Director, transfer: Transfer, plan: LayerPlan) -> None:
         self.director, self.transfer = director, transfer
         self.todo, self.waiting = list(plan.order), list(plan.loads)
         self.loading = bool(plan.loads or plan.late)

@@ -34,6 +34,33 @@ SPECULATION_BLOCK = 2 << 20
 SPECULATION_READS = 2  # as many as saturate the link; all of them delay a demand that comes now
 
 
+class Transfer(Protocol):
+    """What the runtime needs of whoever brings experts. Every method is called with the lock held,
+    except `close`. ``stalled``: seconds of stall that the host did not see, because the device
+    waited alone. ``cancelled``: speculations given up before they were issued."""
+
+    cancelled: int
+    stalled: float
+
+    @property
+    def meter(self) -> Meter: ...
+    @property
+    def queued(self) -> int: ...
+    def demand_all(
+        self, loads: Sequence[tuple[ExpertId, Slot]], *, as_they_lie: bool = False
+    ) -> None: ...
+    def promote(self, expert: ExpertId) -> None: ...
+    def speculate(self, guesses: Sequence[Guess]) -> None: ...
+    def take_error(self, expert: ExpertId) -> BaseException | None: ...
+    def tend(self) -> None:
+        """Note what has landed, where nobody else does."""
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+    def settle(self) -> None: ...
+    def require_open(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Source(Protocol):
     """What a queue needs of a store; tests bring their own."""
 
@@ -121,6 +148,7 @@ class TransferQueue:
         self._place, self._forget, self._wanted = place, forget, wanted
         self.meter = Meter()
         self.cancelled = 0
+        self.stalled = 0.0  # the host waits itself, and the runtime's clock sees it
         self._demand: deque[_Job] = deque()
         self._speculation: deque[_Job] = deque()
         self._guesses: deque[Guess] = deque()
@@ -178,6 +206,9 @@ class TransferQueue:
     def take_error(self, expert: ExpertId) -> BaseException | None:
         """Why the demand for ``expert`` failed, once; ``None`` if it did not."""
         return self._errors.pop(expert, None)
+
+    def tend(self) -> None:
+        """The workers note what has landed."""
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until something landed or failed (spurious wake-ups are possible)."""

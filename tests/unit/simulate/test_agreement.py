@@ -36,6 +36,10 @@ class Queue:
 
     def __init__(self, link: Link) -> None:
         self.link = link
+        self.stalled = 0.0
+
+    def tend(self) -> None:
+        """The link lands by its own clock."""
 
     def demand_all(
         self, loads: Sequence[tuple[ExpertId, Slot]], *, as_they_lie: bool = False
@@ -64,11 +68,17 @@ class Queue:
 
 
 class Computing:
-    """Takes the place of `Batch`: experts take their time and give zeros."""
+    """Takes the place of whoever computes: experts take their time and give zeros."""
 
-    def __init__(self, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: Any) -> None:
-        self.x = x
+    def __init__(self, link: Link) -> None:
+        self.link = link
+
+    def begin(
+        self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: Any, *, keep: bool
+    ) -> Computing:
+        self.layer, self.x = layer, x
         self.needed = LayerEvent(0, 0, Phase.DECODE, ids).needed()
+        return self
 
     def __contains__(self, expert: int) -> bool:
         return False  # nobody has to be left out: all give zeros
@@ -76,11 +86,10 @@ class Computing:
     def skip(self, expert: int) -> None:
         pass
 
-    def compute_many(self, experts: Sequence[tuple[int, None]], mlp: tuple[Link, int]) -> None:
-        link, layer = mlp
-        tokens = sum(self.needed[expert] for expert, _ in experts)
-        seconds = MACHINE.compute_seconds(len(experts), SIZES.nbytes[layer], tokens)
-        link.advance(link.now + seconds)
+    def run(self, ready: Sequence[tuple[ExpertId, int]]) -> None:
+        tokens = sum(self.needed[expert.expert] for expert, _ in ready)
+        seconds = MACHINE.compute_seconds(len(ready), SIZES.nbytes[self.layer], tokens)
+        self.link.advance(self.link.now + seconds)
 
     def sum(self) -> torch.Tensor:
         return torch.zeros_like(self.x)
@@ -112,14 +121,12 @@ def by_engine(events: Sequence[LayerEvent], slots: int, minds: Minds, monkeypatc
         forget=director.forget, wanted=director.wanted,
     )  # fmt: skip
     monkeypatch.setattr(hands, "time", SimpleNamespace(perf_counter=lambda: link.now))
-    monkeypatch.setattr(hands, "Batch", Computing)
     asking = Asking(link)
     runtime = hands.Runtime(
         director=director,
-        store=_any(SimpleNamespace(weights=lambda expert, slot: None)),
+        compute=_any(Computing(link)),
         transfer=_any(Queue(link)),
         lock=threading.RLock(),
-        mlps=_any([(link, layer) for layer in range(LAYERS)]),
         lookahead=_any(asking),
     )
     for forward, layers in forwards(events):
