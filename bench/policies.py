@@ -28,10 +28,10 @@ from bench import card as cards
 from bench import cells as places
 from bench import show
 from understudy import compare, quality
+from understudy.anatomy import fingerprint
 from understudy.bench import ON_DEMAND, Policy
 from understudy.cli.evaluate import everyone
 from understudy.engine import Engine
-from understudy.loading import fingerprint
 from understudy.profile import Profile
 
 Row = dict[str, Any]

@@ -23,10 +23,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from understudy.anatomy import Options
 from understudy.bench import Policy
 from understudy.core import UnderstudyError
 from understudy.engine import Engine
-from understudy.loading import Options
 
 try:
     from lm_eval.api.model import TemplateLM

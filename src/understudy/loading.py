@@ -1,272 +1,34 @@
-"""Puts the parts together: a checkpoint and a budget become a model that runs.
+"""A checkpoint and a budget become a model that runs.
 
-Knows: every room below, and how they are wired; nobody else does. Does not know: prompts, tokens,
-terminals, HTTP.
+Knows: in which order things are found out, paid for and put together. Does not know: what a
+checkpoint is (`anatomy`), how parts are wired (`assembly`), prompts, tokens, terminals, HTTP.
 
     load(source, memory)   checkpoint -> skeleton -> layouts -> plan -> guest + runtime -> model
-    inspect(source)        the same as far as it goes without reading weights
 """
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from understudy import dense, formats, frame
+from understudy import frame
 from understudy import model as guest
 from understudy import plan as planning
-from understudy.checkpoint import Checkpoint, ExpertsModule
-from understudy.core import (
-    STORED,
-    ContextTooLong,
-    Counters,
-    ExpertId,
-    ExpertLayout,
-    LayerEvent,
-    UnderstudyError,
-)
-from understudy.experts import foresight, kernels
-from understudy.experts.compute import ExpertMlp, HostCompute
-from understudy.experts.lookahead import Lookahead
+from understudy.anatomy import Anatomy, Inspection, Options, activations, inspect, slots_asked
+from understudy.assembly import Minds, compiled_frame, make_predictor, on_host
+from understudy.core import Counters, LayerEvent
+from understudy.experts import kernels
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import Store, slot_bytes
-from understudy.experts.transfer import StoreSource, TransferQueue
-from understudy.policies import Predictor, RouteTransform
-from understudy.policies.director import Director
-from understudy.policies.predict import SelfSwitch
-from understudy.policies.residency import Residency
-from understudy.profile import Profile
-from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
+from understudy.registry import require
 
-DEFAULT_CONTEXT = 4096
-# The first compiling takes seconds and some hundred MiB that no budget knows of: not for small
-# models. Counted in parameters, so that packing a model does not change its frame.
-COMPILE_PARAMETERS = 500_000_000
+__all__ = ["Anatomy", "Handle", "Inspection", "Options", "inspect", "load"]
+
 PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
-
-Dtype = str | torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Everything a user can choose about a load. The defaults are the recommendation."""
-
-    memory: str | int = "auto"
-    max_context: int | None = None
-    dtype: Dtype = "auto"
-    evictor: str = "lrfu"
-    predictor: str = "next-gate"
-    depth: int = 1
-    io_threads: int = 4
-    frame: str = "auto"  # compiled or eager decoder layers; auto: see `COMPILE_PARAMETERS`
-    kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
-    prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
-    direct_io: bool = True
-    # Instead of as many as fit; benchmarks compare equal caches. "50%" of all experts; "2k": two
-    # layers' worth of one token's experts, k being how many a token uses.
-    slots: int | str | None = None
-    self_switch: bool = True  # speculation switches itself off while it loses
-    route: str = "as-routed"  # who runs; everything else but as-routed is lossy
-    resolver: str = "fetch"  # what is done about a miss
-    profile: str | Path | None = None  # what was learned offline (`understudy profile`)
-    seed: int = 0  # of the policies that draw
-
-    def __post_init__(self) -> None:
-        kernels.parse(self.kernel)
-        if self.frame not in ("auto", "compiled", "eager"):
-            raise UnderstudyError(f"unknown frame {self.frame!r}; use auto, compiled or eager")
-        for name in ("depth", "io_threads", "prefill_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UnderstudyError(f"{name} must be at least 1, not {value}")
-
-
-# ----------------------------------------------------------------------------- what a model is
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """A checkpoint taken apart without reading its weights."""
-
-    checkpoint: Checkpoint
-    bones: Any
-    modules: Sequence[ExpertsModule]
-    layouts: dict[ExpertId, ExpertLayout]
-
-    @classmethod
-    def of(cls, source: str | Path) -> Anatomy:
-        checkpoint = Checkpoint.open(source)
-        bones = guest.skeleton(checkpoint.config)
-        modules = guest.find_experts(bones)
-        return cls(checkpoint, bones, modules, checkpoint.layouts(bones, modules))
-
-    @property
-    def name(self) -> str:
-        return self.checkpoint.path.name
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the experts are in a format that has lost something."""
-        return not formats.is_exact(self.checkpoint.format)
-
-    @property
-    def delta_nll(self) -> float | None:
-        """Nats per token that the format was measured to cost; ``None``: nothing, or unmeasured."""
-        manifest = self.checkpoint.manifest
-        quality = manifest.quality if manifest is not None else None
-        return float(quality["delta_nll"]) if quality else None
-
-    def format_in_words(self) -> str:
-        """For the plan: what the experts are in, where that is not plain numbers."""
-        name = self.checkpoint.format
-        if name == STORED:
-            return ""
-        if not self.lossy:
-            return f"experts in {name}, as stored"
-        delta = self.delta_nll
-        known = "unmeasured" if delta is None else f"delta NLL {delta:+.4f} per token when packed"
-        return f"experts in {name}: LOSSY, {known}"
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of the largest expert."""
-        return max(layout.nbytes for layout in self.layouts.values())
-
-    def dtype(self, asked: Dtype) -> torch.dtype:
-        """The dtype of the computation; ``auto`` is the one the checkpoint names."""
-        if isinstance(asked, torch.dtype):
-            return asked
-        if asked != "auto":
-            found = getattr(torch, _DTYPES.get(asked, asked), None)
-            if not isinstance(found, torch.dtype) or not found.is_floating_point:
-                raise UnderstudyError(f"unknown dtype {asked!r}; use auto, bfloat16 or float32")
-            return found
-        config = self.checkpoint.config
-        found = getattr(config, "dtype", None) or getattr(guest.text_config(config), "dtype", None)
-        return found if isinstance(found, torch.dtype) else torch.float32
-
-    def dense_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of everything that stays resident, in ``dtype``: stored tensors, and buffers that
-        the model computes for itself (rotary)."""
-        stored = self.checkpoint.dense_bytes(self.bones, self.modules)
-        floats = sum(n // _FLOATS[kind] * dtype.itemsize for kind, n in stored.items()
-                     if kind in _FLOATS)  # fmt: skip
-        others = sum(n for kind, n in stored.items() if kind not in _FLOATS)
-        known = self.bones.state_dict()
-        made: int = sum(b.nbytes for name, b in self.bones.named_buffers() if name not in known)
-        return floats + others + made
-
-    def unpacked_dense(self, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
-        """The dense weights, where transformers could not read them as they are stored."""
-        parts = self.checkpoint, self.bones, self.modules
-        return dense.weights(*parts, dtype) if dense.is_quantised(*parts) else None
-
-    def context(self, asked: int | None) -> int:
-        """Tokens to plan for: what was asked, else the smaller of the model's and 4096."""
-        longest = guest.longest_context(self.checkpoint.config)
-        if asked is None:
-            return min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        if asked < 1 or (longest is not None and asked > longest):
-            raise ContextTooLong(
-                f"--max-context {asked} is not possible: {self.name} was made for 1 to {longest} "
-                "tokens; ask for less"
-            )
-        return asked
-
-
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32"}
-_FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # what is cast, and its bytes as stored
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What `inspect` reports. Bytes are stored bytes; budgets are for the default context."""
-
-    family: str
-    architecture: str
-    layers: int
-    moe_layers: int
-    experts_per_layer: int
-    top_k: int
-    experts: int
-    expert_bytes: int
-    slot_bytes: int
-    dense_bytes: int
-    checkpoint_bytes: int
-    context: int
-    smallest_memory: int
-    recommended_memory: int
-    format: str
-    lossy: bool
-    delta_nll: float | None
-
-
-def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection:
-    """Take a checkpoint apart and price it; reads headers only."""
-    a = Anatomy.of(source)
-    config, text = a.checkpoint.config, guest.text_config(a.checkpoint.config)
-    context = a.context(max_context)
-    dtype = a.dtype("auto")
-    slot = slot_bytes(a.layouts)
-    fixed = (
-        a.dense_bytes(dtype)
-        + guest.kv_cache_estimate(config, context, dtype.itemsize)
-        + _activations(a, Options(), context, dtype)
-    )
-    top_k = guest.experts_per_token(config)
-    per_layer = max(m.num_experts for m in a.modules)
-    return Inspection(
-        family=config.model_type,
-        architecture=type(a.bones).__name__,
-        layers=int(getattr(text, "num_hidden_layers", len(a.modules))),
-        moe_layers=len(a.modules),
-        experts_per_layer=per_layer,
-        top_k=top_k,
-        experts=len(a.layouts),
-        expert_bytes=a.expert_bytes,
-        slot_bytes=slot,
-        dense_bytes=a.dense_bytes(dtype),
-        checkpoint_bytes=a.checkpoint.nbytes,
-        context=context,
-        smallest_memory=fixed + planning.MINIMUM_SLOTS * slot,
-        recommended_memory=planning.recommended_bytes(
-            fixed, slot, len(a.layouts), len(a.modules), top_k
-        ),
-        format=a.checkpoint.format,
-        lossy=a.lossy,
-        delta_nll=a.delta_nll,
-    )
-
-
-def _activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) -> int:
-    """Working memory of one prefill chunk: the residual stream and its copies, the rows gathered
-    for experts and their outputs per rank, and one expert's intermediate rows."""
-    text = guest.text_config(a.checkpoint.config)
-    hidden = int(getattr(text, "hidden_size", 0) or 0)
-    k = max(1, guest.experts_per_token(a.checkpoint.config))
-    width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
-    per_token = (12 + 2 * k) * hidden + 3 * width
-    tokens = min(options.prefill_chunk_size or context, context)
-    return tokens * per_token * max(4, dtype.itemsize) + _unpacking(a, dtype)
-
-
-def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:
-    """Working memory in which the largest matrix of a quantised expert is unpacked: its numbers
-    in ``dtype``, and twice in the precision they are worked out in."""
-    if a.checkpoint.format == STORED:
-        return 0
-    largest = max(prod(s[1:]) for m in a.modules for s in m.params.values())
-    return largest * (dtype.itemsize + 2 * formats.wide_enough(dtype).itemsize)
-
-
-# ----------------------------------------------------------------------------------- loading
 
 
 class Handle:
@@ -358,7 +120,7 @@ def load(
         dtype,
         anatomy.unpacked_dense(dtype),
     )
-    minds = _Minds.of(anatomy, chosen, model)
+    minds = Minds.of(anatomy, chosen, model)
     kv = guest.kv_cache_bytes(model, context)
     if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):
         chosen = replace(chosen, prefill_chunk_size=None)
@@ -366,8 +128,8 @@ def load(
     plan = _fit(anatomy, chosen, total, _resident_bytes(model) + learned, kv, context, dtype)
     plan = _expect(plan, anatomy, chosen)
     say(plan.line())
-    runtime, choices, store = _assemble(anatomy, chosen, plan, model, minds)
-    built = None if minds.needs_residual else _frame(anatomy, chosen, model, choices, say)
+    runtime, choices, store = on_host(anatomy, chosen, plan, model, minds)
+    built = None if minds.needs_residual else compiled_frame(anatomy, chosen, model, choices, say)
     guest.attach(model, runtime, anatomy.modules, residuals=minds.needs_residual)
     model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built, store)
     for note in (*_given_up(asked, chosen, runtime, store), *_slower(choices)):
@@ -375,34 +137,6 @@ def load(
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
-
-
-def _frame(
-    a: Anatomy, o: Options, model: Any, choices: Sequence[kernels.Choice], say: Any
-) -> frame.Frame | None:
-    """Compile the decoder layers, where that was asked for or pays; ``None``: all eager."""
-    small = _expert_parameters(a) < COMPILE_PARAMETERS
-    if o.frame == "eager" or (o.frame == "auto" and small):
-        return None
-    products = _products(choices)
-    config, guests = guest.text_config(model.config), guest.guests(model)
-    routers = guest.routers(model, a.modules)
-    built = frame.compile_frame(model, config, guests, routers, products, say)
-    for reason in built.eager:
-        say(f"note: eager, not compiled: {reason}")
-    for reason in built.called:
-        say(f"note: compiled, but its calls are not repeated by C: {reason}")
-    return built
-
-
-def _expert_parameters(a: Anatomy) -> int:
-    return sum(prod(shape) for module in a.modules for shape in module.params.values())
-
-
-def _products(choices: Sequence[kernels.Choice]) -> Any:
-    """The native products of one row, where the native kernel is in use."""
-    native = any(choice.rows for choice in choices)
-    return torch.ops.understudy.products.default if native else None
 
 
 def _given_up(asked: Options, o: Options, runtime: Runtime, store: Store) -> Iterator[str]:
@@ -436,33 +170,16 @@ def _fit(
         total,
         dense=dense,
         kv=kv,
-        activations=_activations(a, o, context, dtype),
+        activations=activations(a, o, context, dtype),
         slot_bytes=slot_bytes(a.layouts),
         experts=len(a.layouts),
         context=context,
         expert_bytes=a.expert_bytes,
-        predictors=_predictor(a, o).nbytes,
-        slots=_slots(a, o),
+        predictors=make_predictor(a, o).nbytes,
+        slots=slots_asked(a, o),
         name=a.name,
         format_in_words=a.format_in_words(),
     )
-
-
-def _slots(a: Anatomy, o: Options) -> int | None:
-    if not isinstance(o.slots, str):
-        return o.slots
-    k = guest.experts_per_token(a.checkpoint.config)
-    times = {"%": len(a.layouts) / 100, "k": k}.get(o.slots[-1:], 1)
-    try:
-        slots = int(float(o.slots.rstrip("%k")) * times)
-    except ValueError:
-        slots = 0
-    if slots < 1:
-        raise UnderstudyError(
-            f"--slots {o.slots!r} means nothing here; use a number, 50% of all experts, or 2k for "
-            f"{2 * k}"
-        )
-    return max(planning.MINIMUM_SLOTS, slots)
 
 
 def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
@@ -477,118 +194,3 @@ def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
     return plan.expecting(
         planning.expected_tokens_per_second(plan, len(a.modules), top_k, bandwidth)
     )
-
-
-def _predictor(a: Anatomy, o: Options) -> Predictor:
-    experts = [m.num_experts for m in a.modules]
-    found: Predictor = PREDICTORS.make(
-        o.predictor, layers=len(experts), experts=experts, depth=o.depth
-    )
-    return found
-
-
-def fingerprint(a: Anatomy, model: Any) -> str:
-    """Of what a profile depends on: the routers, and the shapes of the experts."""
-    digest = hashlib.sha256(repr([(m.num_experts, dict(m.params)) for m in a.modules]).encode())
-    for router in guest.routers(model, a.modules):
-        for tensor in () if router is None else (*router.parameters(), *router.buffers()):
-            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Minds:
-    """Who decides beside evictor and predictor, and what was learned for them."""
-
-    route: RouteTransform
-    foresight: foresight.Foresight | None
-
-    @property
-    def needs_residual(self) -> bool:
-        return self.foresight is not None and self.foresight.needs_residual
-
-    @classmethod
-    def of(cls, a: Anatomy, o: Options, model: Any) -> _Minds:
-        profile = None if o.profile is None else Profile.load(o.profile, fingerprint(a, model))
-        experts = [m.num_experts for m in a.modules]
-        route: RouteTransform = ROUTES.make(
-            o.route, layers=len(experts), experts=experts, learned=profile, seed=o.seed
-        )
-        predictor = _predictor(a, o)
-        kind = predictor.foresight
-        if kind not in ("router-input", "drift") and profile is None:
-            raise UnderstudyError(
-                f"predictor {o.predictor} needs a profile of this model: make one with "
-                "`understudy profile` and pass it as --profile"
-            )
-        if route.wants_foretold and not predictor.lookahead:
-            raise UnderstudyError(
-                f"route {o.route} needs a predictor that looks ahead; add --predictor next-gate"
-            )
-        if route.wants_scores and None in guest.routers(model, a.modules):
-            raise UnderstudyError(
-                f"route {o.route} needs the router's scores, and {a.name} has layers without a "
-                "router beside the experts; use --route as-routed"
-            )
-        shared = guest.shared_experts(model, a.modules)
-        if kind == "shared" and not any(shared):
-            raise UnderstudyError(
-                f"predictor {o.predictor}: {a.name} has no shared experts; use quasi-gate"
-            )
-        seen = foresight.make(kind, profile, shared)
-        if seen is not None and seen.needs_residual and o.frame == "compiled":
-            raise UnderstudyError(
-                f"predictor {o.predictor} reads the residual stream, which compiled layers do not "
-                "show; use --frame eager"
-            )
-        return cls(route, seen)
-
-
-def _assemble(
-    a: Anatomy, o: Options, plan: planning.Plan, model: Any, minds: _Minds
-) -> tuple[Runtime, list[kernels.Choice], Store]:
-    """Wire minds and hands: the one place that knows them all."""
-    lock = threading.RLock()
-    book = Residency(plan.slots)
-    store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
-    speculate = o.predictor != "none" and plan.slots < plan.experts
-    director = Director(
-        book,
-        evictor=EVICTORS.make(o.evictor, slots=plan.slots, layers=len(a.modules)),
-        predictor=_predictor(a, o),
-        resolver=RESOLVERS.make(o.resolver),
-        route=minds.route,
-        switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),
-        nbytes=store.nbytes,
-        ample=plan.slots >= plan.experts,
-    )
-    transfer = TransferQueue(
-        book,
-        StoreSource(store),
-        lock=lock,
-        place=director.place,
-        forget=director.forget,
-        wanted=director.wanted,
-        threads=o.io_threads,
-    )
-    mlps, choices = _mlps(a, o, model)
-    runtime = Runtime(
-        director=director,
-        compute=HostCompute(store, mlps),
-        transfer=transfer,
-        lock=lock,
-        lookahead=Lookahead(guest.routers(model, a.modules), _products(choices), minds.foresight),
-    )
-    return runtime, choices, store
-
-
-def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
-    """One per MoE layer, each with the kernel that its layout asks for."""
-    mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
-    choices = []
-    for layer, mlp in enumerate(mlps):
-        layout = next(found for expert, found in a.layouts.items() if expert.layer == layer)
-        choice = kernels.choose(o.kernel, mlp, layout, model.dtype)
-        mlp.native_rows = choice.rows
-        choices.append(choice)
-    return mlps, choices

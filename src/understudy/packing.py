@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 import torch
 
 from understudy import formats
+from understudy.anatomy import Anatomy
 from understudy.checkpoint import Checkpoint, ExpertsModule, Manifest, files, packed
 from understudy.checkpoint.quantized import PACKED
 from understudy.core import (
@@ -44,7 +45,6 @@ from understudy.evaluate import WINDOW, Distance, distance
 from understudy.experts.store import Store
 from understudy.experts.transfer import DEMAND_BLOCK, StoreSource
 from understudy.formats import CODES, SCALES, CannotPack, WeightFormat
-from understudy.loading import Anatomy
 from understudy.plan import automatic_budget, free_memory, shown_size
 
 JOURNAL = "journal"

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import understudy
 from understudy import formats
+from understudy.anatomy import Anatomy
 from understudy.checkpoint import Checkpoint
 from understudy.core import QuantizedExperts
-from understudy.loading import Anatomy
 
 WEIGHTS = "model.safetensors"
 WEIGHT_ARGS = {

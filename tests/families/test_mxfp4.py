@@ -17,9 +17,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import understudy
 from understudy import formats
+from understudy.anatomy import Anatomy
 from understudy.checkpoint import Checkpoint
 from understudy.core import CheckpointError, QuantizedExperts
-from understudy.loading import Anatomy
 
 FAMILY = "gpt_oss"
 WEIGHTS = "model.safetensors"

@@ -31,7 +31,7 @@ FLOORS: list[list[set[str]]] = [
     ],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
     [{"simulate"}, {"plan"}, {"summary"}],
-    [{"engine", "loading", "evaluate", "packing", "learn"}],
+    [{"engine", "loading", "assembly", "anatomy", "evaluate", "packing", "learn"}],
     [
         {
             "cli",

@@ -11,7 +11,7 @@ import torch
 from families import configs
 
 import understudy
-from understudy import formats, loading, packing
+from understudy import anatomy, assembly, formats, packing
 from understudy.checkpoint import Checkpoint, packed
 from understudy.core import STORED, ExpertId
 
@@ -61,9 +61,9 @@ def test_packing_a_model_does_not_change_whether_its_layers_are_compiled(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, folder = made("mixtral", "int4")
-    experts = loading._expert_parameters(loading.Anatomy.of(source))
+    experts = anatomy.expert_parameters(anatomy.Anatomy.of(source))
     for threshold, frame in ((experts, "layers compiled"), (experts + 1, "eager")):
-        monkeypatch.setattr(loading, "COMPILE_PARAMETERS", threshold)
+        monkeypatch.setattr(assembly, "COMPILE_PARAMETERS", threshold)
         for path in (source, folder):
             with understudy.load(path, memory="1GiB") as model:
                 assert frame in model.understudy.policies["frame"]

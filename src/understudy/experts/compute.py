@@ -44,10 +44,11 @@ class Work(Protocol):
     """
 
     x: torch.Tensor
-    out: torch.Tensor
     tokens: int
     k: int
 
+    @property
+    def out(self) -> torch.Tensor: ...
     def __contains__(self, expert: int) -> bool: ...
     def run(self, ready: Sequence[tuple[ExpertId, int]]) -> None:
         """Compute experts that are there, each in its slot."""

@@ -28,6 +28,7 @@ import torch
 
 from understudy import model as guest
 from understudy import plan as planning
+from understudy.anatomy import Anatomy, fingerprint
 from understudy.core import BudgetTooSmall, UnderstudyError
 from understudy.engine import Engine
 from understudy.experts.estimator import Estimator
@@ -46,7 +47,6 @@ from understudy.learn.probe import (
 from understudy.learn.recall import Recall
 from understudy.learn.text import Source, Windows, read, windows
 from understudy.learn.train import Pairs, Training, train
-from understudy.loading import Anatomy, fingerprint
 from understudy.profile import Profile
 
 __all__ = ["Settings", "Source", "Training", "learn", "read"]

@@ -94,6 +94,10 @@ class Device(Protocol):
     def fetch(self, *tensors: torch.Tensor) -> list[Any]:
         """The tensors as plain lists, in one wait of the host."""
 
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        """A small tensor of the host, on the device in the order of the compute stream. The host
+        does not wait."""
+
     def reads(self, memory: torch.Tensor) -> None:
         """What the compute stream is asked for next reads ``memory``. For devices that look for
         missing fences; a real one has nothing to do."""

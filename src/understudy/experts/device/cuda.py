@@ -169,5 +169,9 @@ class Cuda:
         self.compute.record().synchronize()
         return [host.tolist() for host in found]
 
+    def send(self, values: torch.Tensor) -> torch.Tensor:
+        # torch keeps pinned memory from being given to others until the copy out of it is over.
+        return values.pin_memory().to(self.torch_device, non_blocking=True)
+
     def reads(self, memory: torch.Tensor) -> None:
         """Nothing to look for."""

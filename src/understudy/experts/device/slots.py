@@ -1,0 +1,103 @@
+"""Device slots: one allocation, equal places, and the fences between those who write and read them.
+
+Knows: which expert's bytes a slot was last given, which copy into it may still be under way, and
+which launch read it last. Does not know: who should be where (policies), or in which order copies
+are asked for (queue).
+
+    copy into a slot   waits for the last launch that reads it
+    a launch           waits for the last copy into each slot it reads
+
+Both waits are between streams: the host waits for neither. With ``UNDERSTUDY_CHECK=1`` a slot is
+filled with NaN before it is given to another expert, and whoever reads one must find the expert
+that was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from understudy.core import ExpertId
+from understudy.experts.device import Device, Event, Stream
+from understudy.experts.device.slab import Slab
+from understudy.experts.store import Weights
+
+POISON = 0xFF  # in every byte: NaN in bf16, fp16 and fp32
+
+
+class WrongExpert(AssertionError):
+    """A slot does not hold the expert that was asked for: a bug of ours."""
+
+
+class DeviceSlots:
+    """``slabs``: the layout of each MoE layer's experts. Raises `DeviceFull`."""
+
+    def __init__(self, device: Device, slabs: Sequence[Slab], slots: int) -> None:
+        self.device, self.slabs = device, slabs
+        self.slot_bytes = slab_bytes(slabs)
+        self.arena = device.allocate(slots * self.slot_bytes)
+        self.checking = os.environ.get("UNDERSTUDY_CHECK", "0") not in ("", "0")
+        self._holds: dict[int, ExpertId] = {}
+        self._arriving: dict[int, Event] = {}
+        self._read: dict[int, Event] = {}
+        self._weights: dict[int, tuple[ExpertId, Weights]] = {}
+
+    def memory(self, slot: int) -> torch.Tensor:
+        return self.arena[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def weights(self, expert: ExpertId, slot: int) -> Weights:
+        """The parameters of ``expert`` in ``slot``, as views."""
+        known = self._weights.get(slot)
+        if known is None or known[0] != expert:
+            known = expert, self.slabs[expert.layer].views(self.memory(slot))
+            self._weights[slot] = known
+        return known[1]
+
+    def copy_in(
+        self, stream: Stream, expert: ExpertId, slot: int, source: torch.Tensor, *,
+        timed: bool = False,
+    ) -> Event:  # fmt: skip
+        """Ask ``stream`` to bring ``expert`` from ``source``. The event: it is there."""
+        read = self._read.pop(slot, None)
+        if read is not None:
+            stream.wait(read)
+        memory = self.memory(slot)
+        if self.checking:
+            with stream:
+                memory.fill_(POISON)
+        stream.copy(memory[: len(source)], source)
+        self._holds[slot] = expert
+        landed = self._arriving[slot] = stream.record(timed=timed)
+        return landed
+
+    @contextmanager
+    def reading(self, ready: Sequence[tuple[ExpertId, int]]) -> Iterator[None]:
+        """Inside, the compute stream may be asked for work that reads these slots."""
+        compute = self.device.compute
+        for expert, slot in ready:
+            landed = self._arriving.pop(slot, None)
+            if landed is not None:
+                compute.wait(landed)
+            if self.checking and self._holds.get(slot) != expert:
+                raise WrongExpert(f"slot {slot} holds {self._holds.get(slot)}, not {expert}")
+            self.device.reads(self.memory(slot))
+        yield
+        done = compute.record()
+        for _, slot in ready:
+            self._read[slot] = done
+
+    def holders(self) -> Mapping[int, ExpertId]:
+        """Slot -> the expert whose bytes were last asked into it."""
+        return self._holds
+
+    def close(self) -> None:
+        self._weights.clear()
+        self.arena = torch.empty(0, dtype=torch.uint8)
+
+
+def slab_bytes(slabs: Sequence[Slab]) -> int:
+    """Bytes of a slot that can hold an expert of any layer."""
+    return max(slab.nbytes for slab in slabs)
