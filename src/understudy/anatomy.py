@@ -24,6 +24,7 @@ from understudy.experts import kernels
 from understudy.experts.store import slot_bytes
 
 DEFAULT_CONTEXT = 4096
+DECODES = ("auto", "host", "device")
 
 Dtype = str | torch.dtype
 
@@ -51,11 +52,19 @@ class Options:
     resolver: str = "fetch"  # what is done about a miss
     profile: str | Path | None = None  # what was learned offline (`understudy profile`)
     seed: int = 0  # of the policies that draw
+    # Where experts are computed: cpu, or an accelerator ("cuda", "cuda:1"). With one,
+    # ``device_memory`` is the budget of everything on it, and ``memory`` that of the experts'
+    # host copies.
+    device: str = "cpu"
+    device_memory: str | int = "auto"
+    decode: str = "auto"  # who fetches between tokens: the host, the device; auto: measured
 
     def __post_init__(self) -> None:
         kernels.parse(self.kernel)
         if self.frame not in ("auto", "compiled", "eager"):
             raise UnderstudyError(f"unknown frame {self.frame!r}; use auto, compiled or eager")
+        if self.decode not in DECODES:
+            raise UnderstudyError(f"unknown --decode {self.decode!r}; use {', '.join(DECODES)}")
         for name in ("depth", "io_threads", "prefill_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -6,7 +6,7 @@ Knows: every room below. Does not know: budgets and how they are divided (`plan`
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ from understudy import frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.anatomy import Anatomy, Options, expert_parameters, fingerprint
-from understudy.core import UnderstudyError
+from understudy.core import ExpertId, UnderstudyError
 from understudy.experts import foresight, kernels
 from understudy.experts.compute import ExpertMlp, HostCompute
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
-from understudy.experts.store import Store
+from understudy.experts.store import Store, slot_bytes
 from understudy.experts.transfer import StoreSource, TransferQueue
 from understudy.policies import Predictor, RouteTransform
 from understudy.policies.director import Director
@@ -33,6 +33,7 @@ from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES
 # The first compiling takes seconds and some hundred MiB that no budget knows of: not for small
 # models. Counted in parameters, so that packing a model does not change its frame.
 COMPILE_PARAMETERS = 500_000_000
+PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
 
 
 def make_predictor(a: Anatomy, o: Options) -> Predictor:
@@ -91,42 +92,94 @@ class Minds:
         return cls(route, seen)
 
 
-def on_host(
-    a: Anatomy, o: Options, plan: planning.Plan, model: Any, minds: Minds
-) -> tuple[Runtime, list[kernels.Choice], Store]:
-    """Wire minds and hands: the one place that knows them all."""
-    lock = threading.RLock()
-    book = Residency(plan.slots)
-    store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
-    speculate = o.predictor != "none" and plan.slots < plan.experts
-    director = Director(
-        book,
+@dataclass(frozen=True)
+class Built:
+    """What a place makes of a plan. ``notes``: what a person should be told; ``facts``: what
+    `Handle.policies` shows beside the names."""
+
+    runtime: Runtime
+    store: Store
+    notes: Sequence[str]
+    facts: Mapping[str, Any]
+
+
+class OnHost:
+    """Experts computed by the CPU, in slots that are filled from disk."""
+
+    memory_option = "--memory"
+
+    def __init__(self, a: Anatomy, o: Options) -> None:
+        self.a, self.o = a, o
+
+    def budget(self) -> int:
+        """Bytes that dense weights, slots, KV cache and working memory share."""
+        return planning.parse_memory(self.o.memory, self.a.checkpoint.nbytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        return slot_bytes(self.a.layouts)
+
+    def expect(self, plan: planning.Plan) -> planning.Plan:
+        """Write the expected speed on the plan, from one short read of the largest file."""
+        largest = max(self.a.checkpoint.files, key=lambda f: f.stat().st_size)
+        bandwidth = planning.disk_bandwidth(
+            largest, self.o.io_threads, 2 << 20, PROBE_BYTES, direct=self.o.direct_io
+        )
+        top_k = guest.experts_per_token(self.a.checkpoint.config)
+        if not bandwidth or not top_k:
+            return plan
+        layers = len(self.a.modules)
+        return plan.expecting(planning.expected_tokens_per_second(plan, layers, top_k, bandwidth))
+
+    def build(
+        self, plan: planning.Plan, model: Any, minds: Minds, say: Callable[[str], None]
+    ) -> Built:
+        a, o, lock = self.a, self.o, threading.RLock()
+        store = Store(a.checkpoint.files, a.layouts, plan.slots, direct=o.direct_io)
+        director = make_director(a, o, plan, minds, store.nbytes)
+        transfer = TransferQueue(
+            director.book,
+            StoreSource(store),
+            lock=lock,
+            place=director.place,
+            forget=director.forget,
+            wanted=director.wanted,
+            threads=o.io_threads,
+        )
+        mlps, choices = _mlps(a, o, model)
+        routers = guest.routers(model, a.modules)
+        runtime = Runtime(
+            director=director,
+            compute=HostCompute(store, mlps),
+            transfer=transfer,
+            lock=lock,
+            lookahead=Lookahead(routers, _products(choices), minds.foresight),
+        )
+        built = None if minds.needs_residual else compiled_frame(a, o, model, choices, say)
+        facts = {
+            "device": "cpu",
+            "kernel": ",".join(dict.fromkeys(choice.name for choice in choices)),
+            "frame": "eager" if built is None else f"{built.compiled} layers compiled",
+        }
+        return Built(runtime, store, list(_slower(choices)), facts)
+
+
+def make_director(
+    a: Anatomy, o: Options, plan: planning.Plan, minds: Minds, nbytes: Callable[[ExpertId], int]
+) -> Director:
+    """The minds of one model, over a fresh book."""
+    return Director(
+        Residency(plan.slots),
         evictor=EVICTORS.make(o.evictor, slots=plan.slots, layers=len(a.modules)),
         predictor=make_predictor(a, o),
         resolver=RESOLVERS.make(o.resolver),
         route=minds.route,
-        switch=SelfSwitch(enabled=speculate, adaptive=o.self_switch),
-        nbytes=store.nbytes,
+        switch=SelfSwitch(
+            enabled=o.predictor != "none" and plan.slots < plan.experts, adaptive=o.self_switch
+        ),
+        nbytes=nbytes,
         ample=plan.slots >= plan.experts,
     )
-    transfer = TransferQueue(
-        book,
-        StoreSource(store),
-        lock=lock,
-        place=director.place,
-        forget=director.forget,
-        wanted=director.wanted,
-        threads=o.io_threads,
-    )
-    mlps, choices = _mlps(a, o, model)
-    runtime = Runtime(
-        director=director,
-        compute=HostCompute(store, mlps),
-        transfer=transfer,
-        lock=lock,
-        lookahead=Lookahead(guest.routers(model, a.modules), _products(choices), minds.foresight),
-    )
-    return runtime, choices, store
 
 
 def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
@@ -163,3 +216,9 @@ def _products(choices: Sequence[kernels.Choice]) -> Any:
     """The native products of one row, where the native kernel is in use."""
     native = any(choice.rows for choice in choices)
     return torch.ops.understudy.products.default if native else None
+
+
+def _slower(choices: Sequence[kernels.Choice]) -> Iterator[str]:
+    """Why few tokens are computed by torch, where that was neither asked for nor measured."""
+    reasons = {c.why for c in choices if c.microseconds == {} and c.why != kernels.ASKED}
+    yield from (f"note: {reason}" for reason in sorted(reasons))

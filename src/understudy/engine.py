@@ -134,7 +134,7 @@ class Engine:
         with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode(), guest.quiet():
             if seed is not None:
                 torch.manual_seed(seed)
-            batch = torch.tensor([ids])
+            batch = torch.tensor([ids], device=self.model.device)
             out = self.model.generate(
                 batch, attention_mask=torch.ones_like(batch), streamer=listener, **settings
             )

@@ -8,45 +8,32 @@ checkpoint is (`anatomy`), how parts are wired (`assembly`), prompts, tokens, te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from understudy import frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.anatomy import Anatomy, Inspection, Options, activations, inspect, slots_asked
-from understudy.assembly import Minds, compiled_frame, make_predictor, on_host
+from understudy.assembly import Built, Minds, OnHost, make_predictor
 from understudy.core import Counters, LayerEvent
-from understudy.experts import kernels
-from understudy.experts.runtime import Runtime
-from understudy.experts.store import Store, slot_bytes
+from understudy.on_device import OnDevice
 from understudy.registry import require
 
 __all__ = ["Anatomy", "Handle", "Inspection", "Options", "inspect", "load"]
-
-PROBE_BYTES = 64 << 20  # read once at the start, to say what speed to expect
 
 
 class Handle:
     """``model.understudy``: what the engine shows of itself, and `close`."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        plan: planning.Plan,
-        options: Options,
-        anatomy: Anatomy,
-        choices: Sequence[kernels.Choice],
-        built: frame.Frame | None,
-        store: Store,
+        self, built: Built, plan: planning.Plan, options: Options, anatomy: Anatomy
     ) -> None:
-        self.frame, self.store = built, store
-        self.runtime, self.plan, self.options, self.anatomy = runtime, plan, options, anatomy
-        self.kernels = tuple(dict.fromkeys(choice.name for choice in choices))
+        self.built, self.runtime = built, built.runtime
+        self.plan, self.options, self.anatomy = plan, options, anatomy
         self.closed = False
 
     @property
@@ -65,11 +52,10 @@ class Handle:
             "depth": o.depth,
             "route": o.route,
             "resolver": o.resolver,
-            "kernel": ",".join(self.kernels),
-            "frame": "eager" if self.frame is None else f"{self.frame.compiled} layers compiled",
+            **self.built.facts,
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": {**look.unforeseen, **look.unavailable},
-            "direct_io": self.store.disk.direct,
+            "direct_io": self.built.store.disk.direct,
             "prefill_chunk_size": o.prefill_chunk_size,
             "format": self.anatomy.checkpoint.format,
             "lossy": self.anatomy.lossy,
@@ -109,10 +95,10 @@ def load(
     require(chosen.evictor, chosen.predictor, chosen.route, chosen.resolver)
     anatomy = Anatomy.of(source)
     dtype = anatomy.dtype(chosen.dtype)
-    total = planning.parse_memory(chosen.memory, anatomy.checkpoint.nbytes)
+    place = place_of(anatomy, chosen)
     context = anatomy.context(chosen.max_context)
     estimate = guest.kv_cache_estimate(anatomy.checkpoint.config, context, dtype.itemsize)
-    _fit(anatomy, chosen, total, anatomy.dense_bytes(dtype), estimate, context, dtype)
+    _fit(place, chosen, anatomy.dense_bytes(dtype), estimate, context, dtype)
     model = guest.load_guest(
         anatomy.checkpoint.path,
         anatomy.checkpoint.config,
@@ -125,36 +111,35 @@ def load(
     if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):
         chosen = replace(chosen, prefill_chunk_size=None)
     learned = 0 if minds.foresight is None else minds.foresight.nbytes
-    plan = _fit(anatomy, chosen, total, _resident_bytes(model) + learned, kv, context, dtype)
-    plan = _expect(plan, anatomy, chosen)
+    plan = _fit(place, chosen, _resident_bytes(model) + learned, kv, context, dtype)
+    plan = place.expect(plan)
     say(plan.line())
-    runtime, choices, store = on_host(anatomy, chosen, plan, model, minds)
-    built = None if minds.needs_residual else compiled_frame(anatomy, chosen, model, choices, say)
-    guest.attach(model, runtime, anatomy.modules, residuals=minds.needs_residual)
-    model.understudy = Handle(runtime, plan, chosen, anatomy, choices, built, store)
-    for note in (*_given_up(asked, chosen, runtime, store), *_slower(choices)):
+    built = place.build(plan, model, minds, say)
+    guest.attach(model, built.runtime, anatomy.modules, residuals=minds.needs_residual)
+    model.understudy = Handle(built, plan, chosen, anatomy)
+    for note in (*_given_up(asked, chosen, built), *built.notes):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.prefill_chunk_size = chosen.prefill_chunk_size
     return model
 
 
-def _given_up(asked: Options, o: Options, runtime: Runtime, store: Store) -> Iterator[str]:
+def place_of(a: Anatomy, o: Options) -> OnHost | OnDevice:
+    """Where experts will be computed. Raises where that is not here."""
+    return OnHost(a, o) if o.device == "cpu" else OnDevice(a, o)
+
+
+def _given_up(asked: Options, o: Options, built: Built) -> Iterator[str]:
     """What was asked for (or is the default) and cannot be had here: no silent fallback."""
     if o.prefill_chunk_size != asked.prefill_chunk_size:
         yield "note: prompts are read whole; chunks fail or change the answer in this family"
-    if o.direct_io and not store.disk.direct:
+    if o.direct_io and not built.store.disk.direct:
         yield "note: this file system refuses direct I/O; reads go through the page cache"
+    runtime = built.runtime
     unseen = runtime.lookahead.unavailable
     if runtime.director.predictor.lookahead and unseen:
         layer, reason = next(iter(unseen.items()))
         yield f"note: {len(unseen)} layers cannot be looked ahead (layer {layer}: {reason})"
-
-
-def _slower(choices: Sequence[kernels.Choice]) -> Iterator[str]:
-    """Why few tokens are computed by torch, where that was neither asked for nor measured."""
-    reasons = {c.why for c in choices if c.microseconds == {} and c.why != kernels.ASKED}
-    yield from (f"note: {reason}" for reason in sorted(reasons))
 
 
 def _resident_bytes(model: Any) -> int:
@@ -164,33 +149,21 @@ def _resident_bytes(model: Any) -> int:
 
 
 def _fit(
-    a: Anatomy, o: Options, total: int, dense: int, kv: int, context: int, dtype: torch.dtype
+    place: OnHost | OnDevice, o: Options, dense: int, kv: int, context: int, dtype: torch.dtype
 ) -> planning.Plan:
+    a = place.a
     return planning.fit(
-        total,
+        place.budget(),
         dense=dense,
         kv=kv,
         activations=activations(a, o, context, dtype),
-        slot_bytes=slot_bytes(a.layouts),
+        slot_bytes=place.slot_bytes,
         experts=len(a.layouts),
         context=context,
         expert_bytes=a.expert_bytes,
         predictors=make_predictor(a, o).nbytes,
         slots=slots_asked(a, o),
         name=a.name,
+        option=place.memory_option,
         format_in_words=a.format_in_words(),
-    )
-
-
-def _expect(plan: planning.Plan, a: Anatomy, o: Options) -> planning.Plan:
-    """Write the expected speed on the plan, from one short read of the first file."""
-    largest = max(a.checkpoint.files, key=lambda f: f.stat().st_size)
-    bandwidth = planning.disk_bandwidth(
-        largest, o.io_threads, 2 << 20, PROBE_BYTES, direct=o.direct_io
-    )
-    top_k = guest.experts_per_token(a.checkpoint.config)
-    if not bandwidth or not top_k:
-        return plan
-    return plan.expecting(
-        planning.expected_tokens_per_second(plan, len(a.modules), top_k, bandwidth)
     )

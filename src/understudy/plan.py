@@ -125,6 +125,10 @@ class Plan:
         """The same plan with an expectation written on it."""
         return replace(self, tokens_per_second=tokens_per_second)
 
+    def with_slots(self, slots: int) -> Plan:
+        """The same plan with another number of slots."""
+        return replace(self, slots=slots)
+
     def line(self) -> str:
         """The plan in one line, for the person who waits."""
         share = 100 * self.slots / max(1, self.experts)
@@ -163,6 +167,7 @@ def fit(
     predictors: int = 0,
     slots: int | None = None,
     name: str = "this model",
+    option: str = "--memory",
     format_in_words: str = "",
 ) -> Plan:
     """Divide ``total``: what must be resident first, all that is left becomes slots.
@@ -176,10 +181,11 @@ def fit(
     if total < smallest:
         holds = f"dense {shown_size(dense)}, KV {shown_size(kv)} for {context} tokens"
         raise BudgetTooSmall(
-            f"memory {_as_given(total)} is too small for {name}: {typed_size(smallest)} is the "
+            f"{option[2:].replace('-', ' ')} {_as_given(total)} is too small for {name}: "
+            f"{typed_size(smallest)} is the "
             f"smallest that works ({holds}, buffers {shown_size(fixed - dense - kv)}, "
             f"{_experts_in_words(fewest)} {shown_size(fewest * slot_bytes)}); "
-            f"try --memory {typed_size(smallest)} or a smaller --max-context",
+            f"try {option} {typed_size(smallest)} or a smaller --max-context",
             smallest,
         )
     room = (total - fixed) // slot_bytes if slots is None else fewest

@@ -118,6 +118,26 @@ class EngineOptions:
         Path | None,
         option("--profile", help="What was learned about this model offline.", metavar="FILE"),
     ] = None
+    device: Annotated[
+        str,
+        option("--device", help="Where experts are computed: cpu, cuda or cuda:1.", metavar="NAME"),
+    ] = "cpu"
+    device_memory: Annotated[
+        str,
+        option(
+            "--device-memory",
+            help="Of the accelerator: 12GiB, 60% (of the checkpoint) or auto.",
+            metavar="SIZE",
+        ),
+    ] = "auto"
+    decode: Annotated[
+        str,
+        option(
+            "--decode",
+            help="Who fetches experts between tokens: host, device or auto (measured).",
+            metavar="NAME",
+        ),
+    ] = "auto"
     direct_io: Annotated[
         bool, option("--direct-io/--no-direct-io", help="Read past the page cache.")
     ] = True

@@ -32,7 +32,7 @@ class Estimator(nn.Module):
 
     def forward(self, x: torch.Tensor, layer: int | torch.Tensor) -> torch.Tensor:
         """``layer``: the layer whose router is guessed; one for all rows, or one per row."""
-        z = self.down(x) + self.layer(torch.as_tensor(layer))
+        z = self.down(x) + self.layer.weight[layer]
         z = z + self.back(nn.functional.silu(self.up(z)))
         logits: torch.Tensor = self.head(self.norm(z))
         return logits

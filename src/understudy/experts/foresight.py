@@ -48,6 +48,9 @@ class Foresight:
     def nbytes(self) -> int:
         return 0
 
+    def to(self, device: torch.device) -> None:
+        """What was learned goes where the model is."""
+
     def learn_norm(self, forward: Forward, layer: int) -> None:
         if layer in forward.residuals:
             self.norms[layer] = forward.residuals[layer][0]
@@ -88,6 +91,9 @@ class Residual(Foresight):
     def nbytes(self) -> int:
         return self.vectors.nbytes
 
+    def to(self, device: torch.device) -> None:
+        self.vectors = self.vectors.to(device)
+
     def router_input(
         self, forward: Forward, layer: int, later: int, event: LayerEvent
     ) -> torch.Tensor:
@@ -108,12 +114,15 @@ class Quasi(Foresight):
     def nbytes(self) -> int:
         return self.vectors.nbytes
 
+    def to(self, device: torch.device) -> None:
+        self.vectors = self.vectors.to(device)
+
     def router_input(
         self, forward: Forward, layer: int, later: int, event: LayerEvent
     ) -> torch.Tensor:
         r = self._residual(forward, layer)
-        ids = torch.tensor(event.ids)
-        weights = torch.tensor(list(event.weights), dtype=r.dtype)
+        ids = torch.tensor(event.ids, device=r.device)
+        weights = torch.tensor(list(event.weights), dtype=r.dtype, device=r.device)
         if len(ids) != len(r):
             raise NotForeseen("some rows are padding")
         if self.vectors.shape[-1] != r.shape[-1]:
@@ -137,6 +146,10 @@ class Estimated(Quasi):
     @property
     def nbytes(self) -> int:
         return super().nbytes + sum(p.nbytes for p in self.network.parameters())
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.network.to(device)
 
     def logits(self, later: int, asked: torch.Tensor) -> torch.Tensor | None:
         if not self.layers[later]:

@@ -148,7 +148,7 @@ def _likeliest(logits: torch.Tensor, event: LayerEvent) -> Scored:
     """As many experts per token as the current event has; their weights sum to what its weights
     sum to."""
     top = logits.topk(len(event.ids[0]))
-    sums = torch.tensor([sum(row) for row in event.weights])
+    sums = torch.tensor([sum(row) for row in event.weights], device=logits.device)
     return top.indices.tolist(), (top.values.softmax(-1) * sums.unsqueeze(-1)).tolist()
 
 

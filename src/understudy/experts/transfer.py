@@ -40,8 +40,9 @@ class Transfer(Protocol):
     waited alone. ``cancelled``: speculations given up before they were issued."""
 
     cancelled: int
-    stalled: float
 
+    @property
+    def stalled(self) -> float: ...
     @property
     def meter(self) -> Meter: ...
     @property

@@ -1,0 +1,202 @@
+"""Wires a model whose experts are computed on an accelerator.
+
+Knows: what `assembly` knows, and the parts of `experts.device`. Does not know: prompts, HTTP, how
+budgets are divided (`plan`).
+
+    disk -> host slabs (pinned; `--memory`) -> device slots (`--device-memory`)
+
+Dense weights, KV cache, working memory and slots share the budget of the device. The host's pays
+for the slabs, and for a staging slot per reading thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from understudy import model as guest
+from understudy import plan as planning
+from understudy.anatomy import Anatomy, Options
+from understudy.assembly import Built, Minds, make_director
+from understudy.core import BudgetTooSmall, UnderstudyError
+from understudy.experts.compute import ExpertMlp
+from understudy.experts.device import Device, DeviceFull
+from understudy.experts.device.compute import DeviceCompute, Kernel
+from understudy.experts.device.host import HostTier
+from understudy.experts.device.pinned import Slabs
+from understudy.experts.device.queue import DeviceQueue
+from understudy.experts.device.slab import Slab
+from understudy.experts.device.slots import DeviceSlots, slab_bytes
+from understudy.experts.lookahead import Lookahead
+from understudy.experts.runtime import Runtime
+from understudy.experts.store import PAGE, Store, slot_bytes
+
+KERNELS = ("auto", "triton", "torch")
+
+
+def _cuda(asked: str) -> Device:
+    from understudy.experts.device.cuda import open_cuda
+
+    return open_cuda(asked)
+
+
+OPENERS: dict[str, Callable[[str], Device]] = {"cuda": _cuda}
+
+
+def open_device(asked: str) -> Device:
+    """``cuda`` or ``cuda:1``. Raises `UnderstudyError` where there is none of that name."""
+    opener = OPENERS.get(asked.partition(":")[0])
+    if opener is None:
+        raise UnderstudyError(f"unknown --device {asked!r}; use cpu, {', '.join(OPENERS)}")
+    return opener(asked)
+
+
+class OnDevice:
+    """Experts computed by an accelerator, in slots that are filled from host memory."""
+
+    memory_option = "--device-memory"
+
+    def __init__(self, a: Anatomy, o: Options) -> None:
+        if o.kernel not in KERNELS:
+            raise UnderstudyError(f"--kernel {o.kernel} is of the CPU; use {', '.join(KERNELS)}")
+        self.a, self.o = a, o
+        self.device = open_device(o.device)
+
+    @cached_property
+    def slabs(self) -> list[Slab]:
+        """One per MoE layer."""
+        layouts = {expert.layer: layout for expert, layout in self.a.layouts.items()}
+        return [
+            Slab.of(layouts[layer], transposed=module.transposed)
+            for layer, module in enumerate(self.a.modules)
+        ]
+
+    def budget(self) -> int:
+        """Bytes of the device that dense weights, slots, KV cache and working memory share."""
+        free = self.device.free_bytes
+        return planning.parse_memory(self.o.device_memory, self.a.checkpoint.nbytes, free)
+
+    @property
+    def slot_bytes(self) -> int:
+        return slab_bytes(self.slabs)
+
+    def expect(self, plan: planning.Plan) -> planning.Plan:
+        """Nobody has measured the link yet: no expectation."""
+        return plan
+
+    def build(
+        self, plan: planning.Plan, model: Any, minds: Minds, say: Callable[[str], None]
+    ) -> Built:
+        a, o, device, lock = self.a, self.o, self.device, threading.RLock()
+        nn.Module.to(model, device.torch_device)
+        if minds.foresight is not None:
+            minds.foresight.to(device.torch_device)
+        slots, plan, notes = self._slots(plan)
+        host, told = self._host(say)
+        director = make_director(a, o, plan, minds, lambda e: self.slabs[e.layer].nbytes)
+        queue = DeviceQueue(
+            director.book,
+            device=device,
+            slots=slots,
+            host=host,
+            lock=lock,
+            place=director.place,
+            forget=director.forget,
+        )
+        mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
+        kernels = self._kernels(mlps, slots, model.dtype)
+        runtime = Runtime(
+            director=director,
+            compute=DeviceCompute(device, slots, host, mlps, kernels),
+            transfer=queue,
+            lock=lock,
+            lookahead=Lookahead(guest.routers(model, a.modules), _products(), minds.foresight),
+        )
+        facts = {
+            "device": device.name,
+            "kernel": "triton" if all(kernels) else "torch",
+            "frame": "eager",
+            "host_experts": f"{min(host.memory.slots, len(a.layouts))} of {len(a.layouts)}",
+        }
+        return Built(runtime, host.store, [*notes, *told], facts)
+
+    # ------------------------------------------------------------------------------- the memories
+
+    def _slots(self, plan: planning.Plan) -> tuple[DeviceSlots, planning.Plan, list[str]]:
+        """The slots that were planned, or as many as the device still has room for."""
+        try:
+            return DeviceSlots(self.device, self.slabs, plan.slots), plan, []
+        except DeviceFull:
+            fixed = plan.kv + plan.activations
+            fewer = (self.device.free_bytes() - fixed) // plan.slot_bytes
+            if fewer < planning.MINIMUM_SLOTS:
+                raise
+        plan = plan.with_slots(fewer)
+        note = f"note: the device has room for {fewer} experts only; {plan.line()}"
+        return DeviceSlots(self.device, self.slabs, fewer), plan, [note]
+
+    def _host(self, say: Callable[[str], None]) -> tuple[HostTier, list[str]]:
+        """Slabs for all experts, or for as many as `--memory` pays for."""
+        a, o, each = self.a, self.o, -(-self.slot_bytes // PAGE) * PAGE
+        staging = o.io_threads * slot_bytes(a.layouts)
+        total = planning.parse_memory(o.memory, a.checkpoint.nbytes)
+        count = min(len(a.layouts), (total - staging) // each)
+        smallest = staging + planning.MINIMUM_SLOTS * each
+        if count < min(planning.MINIMUM_SLOTS, len(a.layouts)):
+            raise BudgetTooSmall(
+                f"memory {planning.shown_size(total)} is too small for the experts' host copies: "
+                f"use --memory {planning.typed_size(smallest)} or more",
+                smallest,
+            )
+        store = Store(a.checkpoint.files, a.layouts, o.io_threads, direct=o.direct_io)
+        memory = Slabs(self.device, count, each)
+        host = HostTier(store, self.slabs, memory, o.io_threads)
+        notes = [] if memory.note is None else [memory.note]
+        if host.holds_all:
+            self._fill(host, say)
+        else:
+            notes.append(
+                f"note: host memory holds {count} of {len(a.layouts)} experts; the rest is read "
+                "from disk when it is needed; a larger --memory avoids that"
+            )
+        return host, notes
+
+    def _fill(self, host: HostTier, say: Callable[[str], None]) -> None:
+        experts = sorted(self.a.layouts, key=lambda e: self.a.layouts[e].reads[0])
+        size = planning.shown_size(sum(self.a.layouts[e].nbytes for e in experts))
+        say(f"reading {size} of experts into host memory")
+        try:
+            host.fill(experts, lambda count: None)
+        except BaseException:
+            host.close()
+            raise
+
+    # -------------------------------------------------------------------------------- the computing
+
+    def _kernels(
+        self, mlps: Sequence[ExpertMlp], slots: DeviceSlots, dtype: torch.dtype
+    ) -> list[Kernel | None]:
+        """Our kernel for each layer, where it applies and was not refused."""
+        return [None] * len(mlps)
+
+
+def _products() -> Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]:
+    """x [1, H], router matrices -> [1, all lines], in one product. Routers do not change, so their
+    common matrix is made once for each set of them that is asked together."""
+    joined: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def products(x: torch.Tensor, matrices: list[torch.Tensor]) -> torch.Tensor:
+        if len(matrices) == 1:
+            return functional.linear(x, matrices[0])
+        key = tuple(m.data_ptr() for m in matrices)
+        if key not in joined:
+            joined[key] = torch.cat(matrices)
+        return functional.linear(x, joined[key])
+
+    return products
