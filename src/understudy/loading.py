@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,10 @@ from understudy import plan as planning
 from understudy.anatomy import Anatomy, Inspection, Options, activations, inspect, slots_asked
 from understudy.assembly import Built, Minds, OnHost, make_predictor
 from understudy.core import Counters, LayerEvent
-from understudy.on_device import OnDevice
 from understudy.registry import require
+
+if TYPE_CHECKING:
+    from understudy.on_device import OnDevice
 
 __all__ = ["Anatomy", "Handle", "Inspection", "Options", "inspect", "load"]
 
@@ -126,7 +128,11 @@ def load(
 
 def place_of(a: Anatomy, o: Options) -> OnHost | OnDevice:
     """Where experts will be computed. Raises where that is not here."""
-    return OnHost(a, o) if o.device == "cpu" else OnDevice(a, o)
+    if o.device == "cpu":
+        return OnHost(a, o)
+    from understudy.on_device import OnDevice
+
+    return OnDevice(a, o)
 
 
 def _given_up(asked: Options, o: Options, built: Built) -> Iterator[str]:
