@@ -43,9 +43,9 @@ LAUNCH_SECONDS = 1e-5
 class Pretend:
     """See `experts.device.Device`.
 
-    For tests: ``waits`` counts how often the host waited, ``pinned_bytes`` and ``copied_bytes`` add
-    up, ``launches`` counts kernels, ``queued()`` copies that nobody demanded yet. ``bandwidth``
-    [B/s] is what timed events show of copies."""
+    For tests: ``waits`` counts how often the host waited and ``launches`` kernels; ``copied_bytes``
+    adds up; ``pinned`` and ``pinned_bytes`` are what is pinned now, ``queued()`` how much work
+    nobody demanded yet. ``bandwidth`` [B/s] is what timed events show of copies."""
 
     index = 0
     name = "pretended device"
@@ -164,6 +164,10 @@ class Pretend:
             for access in self.ledger.touching(*extent(memory)):
                 raise Race(f"unpinned at {caller()}, and {access.what} may still be under way")
             del self._pinned[memory.data_ptr()]
+
+    @property
+    def pinned(self) -> list[torch.Tensor]:
+        return list(self._pinned.values())
 
     @property
     def pinned_bytes(self) -> int:
