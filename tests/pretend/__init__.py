@@ -7,7 +7,8 @@ Three ways in which a missing fence shows itself:
 
 * memory is 0xFF (NaN in any float format) until something was copied there, and copies happen only
   when a fence demands them: who does not wait computes with NaN
-* the source of a copy is read when the copy happens: who overwrites it early copies the wrong bytes
+* the source of a copy is read when the copy happens: who overwrites it early copies wrong bytes,
+  and where the source is pinned (elsewhere nothing tells host memory from a device's), it is told
 * a happens-before check (`races`) raises `Race` where two pieces of work touch the same bytes
   unordered, also where the order that happened to be taken here went well
 
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 
 from pretend.graph import PretendGraph
-from pretend.races import Access, Clock, Ledger, Race, caller, extent
+from pretend.races import Clock, Ledger, Race, Sources, caller, extent, overlap
 from pretend.streams import NotRecordable, PretendEvent, PretendStream
 from understudy.experts.device import DeviceFull, Graph, PinningRefused
 
@@ -67,14 +68,13 @@ class Pretend:
         self.bandwidth = bandwidth
         self.waits = self.launches = self.copied_bytes = 0
         self.host = Clock()
-        self.ledger = Ledger(self.where)
+        self.ledger, self.sources = Ledger(self.where), Sources(self.where)
         self.recordings: dict[int, PretendGraph] = {}  # by thread
         self._total, self._used = memory, 0
         self._full_after, self._refuse_after = full_after, refuse_pinning_after
         self._names: dict[int, tuple[int, str]] = {}  # start -> (nbytes, name)
         self._allocations = 0
         self._pinned: dict[int, torch.Tensor] = {}
-        self._sources: list[tuple[Access, torch.Tensor, torch.Tensor]] = []
         self._streams: list[PretendStream] = []
         self._in_use = threading.local()
         self._default = self.named_stream("the compute stream")
@@ -145,7 +145,7 @@ class Pretend:
                 )
             self._used += nbytes
             self._allocations += 1
-            return self._pages(nbytes, f"device memory {self._allocations}", self._freed)
+            return self._pages(nbytes, f"device memory {self._allocations}", on_device=True)
 
     def pin(self, nbytes: int) -> torch.Tensor:
         with self.lock:
@@ -153,7 +153,7 @@ class Pretend:
             refuse = self._refuse_after
             if refuse is not None and self.pinned_bytes + nbytes > refuse:
                 raise PinningRefused(f"the system refuses to pin {nbytes / MIB:.4g} MiB")
-            memory = self._pages(nbytes, f"pinned memory {len(self._pinned) + 1}", None)
+            memory = self._pages(nbytes, f"pinned memory {len(self._pinned) + 1}", on_device=False)
             self._pinned[memory.data_ptr()] = memory
             return memory
 
@@ -204,23 +204,7 @@ class Pretend:
         """The host knows that so much is over."""
         self.host.join(clock)
         self.ledger.forget(self.host)
-        over = [s for s in self._sources if self.host.get(s[0].participant, 0) >= s[0].number]
-        self._sources = [s for s in self._sources if s not in over]
-        for access, source, then in over:
-            if not torch.equal(_bytes(source), then):
-                raise Race(
-                    f"{self.where(*extent(source))} was overwritten before the host knew that "
-                    f"{access.what} had read it"
-                )
-
-    def copied(self, source: torch.Tensor, access: Access) -> None:
-        """A copy happened. Here; really it may happen at any time until the host knows of it, so
-        its source must not change until then."""
-        start, end = access.range
-        self._sources = [s for s in self._sources if not _overlap(extent(s[1]), (start, end))]
-        number = self.host.get(access.participant, 0)
-        if number < access.number and self._is_pinned(source):
-            self._sources.append((access, source, _bytes(source).clone()))
+        self.sources.forget(self.host)
 
     def refuse_while_recording(self, what: str) -> None:
         graph = self.recordings.get(threading.get_ident())
@@ -236,6 +220,9 @@ class Pretend:
             mine.refuse("to wait for work outside the recording")
         return mine
 
+    def is_pinned(self, memory: torch.Tensor) -> bool:
+        return any(overlap(extent(memory), extent(p)) for p in self._pinned.values())
+
     def where(self, start: int, end: int) -> str:
         """For people."""
         for first, (nbytes, name) in self._names.items():
@@ -243,25 +230,16 @@ class Pretend:
                 return f"{name}, bytes {start - first}..{end - first}"
         return f"memory of torch, {end - start} bytes at {start:#x}"
 
-    def _pages(self, nbytes: int, name: str, freed: Any) -> torch.Tensor:
+    def _pages(self, nbytes: int, name: str, *, on_device: bool) -> torch.Tensor:
         pages = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8)[:nbytes]
         pages.fill(0xFF)
         memory = torch.from_numpy(pages)
         self._names[memory.data_ptr()] = (nbytes, name)
-        if freed is not None:
-            weakref.finalize(pages, freed, nbytes).atexit = False
+        freed = weakref.finalize(pages, self._freed, memory.data_ptr(), nbytes if on_device else 0)
+        freed.atexit = False
         return memory
 
-    def _freed(self, nbytes: int) -> None:
+    def _freed(self, start: int, nbytes: int) -> None:
+        """Nobody holds a tensor there any more: its address may become something else's."""
         self._used -= nbytes
-
-    def _is_pinned(self, memory: torch.Tensor) -> bool:
-        return any(_overlap(extent(memory), extent(p)) for p in self._pinned.values())
-
-
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
-
-
-def _bytes(memory: torch.Tensor) -> torch.Tensor:
-    return memory.contiguous().reshape(-1).view(torch.uint8)
+        del self._names[start]

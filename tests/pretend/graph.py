@@ -61,6 +61,7 @@ class PretendGraph:
                 raise NotRecordable("a graph is recorded once")
             device.refuse_while_recording("to record another graph")
             device.drain()
+            self._stream.clock.join(device.host)
             device.recordings[threading.get_ident()] = self
             self.join(self._stream)
         self._inside.enter_context(self._stream)

@@ -10,12 +10,14 @@ later. Two pieces of work that touch the same bytes, one of them writing, must b
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 HERE, TORCH = Path(__file__).parent, Path(torch.__file__).parent
 
@@ -66,7 +68,7 @@ class Ledger:
         kept = []
         for entry in self._open:
             first, last, earlier = entry
-            if last <= start or end <= first:
+            if not overlap((first, last), (start, end)):
                 kept.append(entry)
                 continue
             ordered = clock.get(earlier.participant, 0) >= earlier.number
@@ -83,7 +85,46 @@ class Ledger:
         self._open = [e for e in self._open if known.get(e[2].participant, 0) < e[2].number]
 
     def touching(self, start: int, end: int) -> list[Access]:
-        return [a for first, last, a in self._open if first < end and start < last]
+        return [a for first, last, a in self._open if overlap((first, last), (start, end))]
+
+
+class Sources:
+    """What the host must leave alone: memory that copies read, until it knows that they have.
+
+    Such a copy may read at any time between. The bytes of the moment when it was asked for are
+    kept, and compared when it happens here and when the host knows of it."""
+
+    def __init__(self, where: Callable[[int, int], str]) -> None:
+        self._where = where
+        self._then: dict[Access, bytes] = {}
+
+    def enter(self, reading: Access) -> None:
+        """The same stream's newer copy of the same memory stands in for the older one."""
+        for earlier in list(self._then):
+            if (earlier.participant, earlier.range) == (reading.participant, reading.range):
+                self.check(earlier)
+                del self._then[earlier]
+        self._then[reading] = content(reading.memory)
+
+    def check(self, reading: Access) -> None:
+        if reading in self._then and self._then[reading] != content(reading.memory):
+            raise Race(
+                f"{self._where(*reading.range)} was overwritten by the host, which did not know "
+                f"that it had been {reading.what}"
+            )
+
+    def written(self, start: int, end: int) -> None:
+        """By another copy: what is ordered so is the ledger's business."""
+        for reading in list(self._then):
+            if overlap(reading.range, (start, end)):
+                del self._then[reading]
+
+    def forget(self, known: Clock) -> None:
+        """The host knows so much to be over, and may write from now on."""
+        for reading in list(self._then):
+            if known.get(reading.participant, 0) >= reading.number:
+                self.check(reading)
+                del self._then[reading]
 
 
 def extent(memory: torch.Tensor) -> tuple[int, int]:
@@ -94,6 +135,16 @@ def extent(memory: torch.Tensor) -> tuple[int, int]:
     steps = zip(memory.shape, memory.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
     return start, start + (last + 1) * memory.element_size()
+
+
+def overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def content(memory: torch.Tensor) -> bytes:
+    with _disable_current_modes(), torch.inference_mode():  # no part of what is being recorded
+        whole = memory.contiguous()
+        return ctypes.string_at(whole.data_ptr(), whole.numel() * whole.element_size())
 
 
 def caller() -> str:

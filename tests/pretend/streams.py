@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pretend.races import Access, Clock, caller
+from pretend.races import Access, Clock, Sources, caller, extent
 from understudy.experts.device import Event
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ class _Wait:
 
 @dataclass(slots=True, eq=False)
 class _Copy:
-    stream: PretendStream
+    sources: Sources
     to: torch.Tensor
     source: torch.Tensor
-    access: Access
+    reading: Access
 
     def ready(self) -> bool:
         return True
@@ -113,8 +113,9 @@ class _Copy:
     def perform(self) -> None:
         """The source is read now and not earlier."""
         with _disable_current_modes(), torch.inference_mode():
+            self.sources.check(self.reading)
             self.to.copy_(self.source)
-        self.stream.device.copied(self.source, self.access)
+            self.sources.written(*extent(self.to))
 
 
 class PretendStream:
@@ -137,12 +138,14 @@ class PretendStream:
                 return
             self.device.progress()
             self._tick()
-            self._touch(source, False, f"read by the copy of {self.name} at {caller()}")
-            access = self._touch(to, True, f"the copy of {self.name} at {caller()}")
+            reading = self._touch(source, False, f"read by the copy of {self.name} at {caller()}")
+            self._touch(to, True, f"the copy of {self.name} at {caller()}")
+            if self.device.is_pinned(source):
+                self.device.sources.enter(reading)
             nbytes = source.numel() * source.element_size()
             self.seconds += nbytes / self.device.bandwidth
             self.device.copied_bytes += nbytes
-            self._ask(_Copy(self, to, source, access))
+            self._ask(_Copy(self.device.sources, to, source, reading))
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, PretendEvent)
