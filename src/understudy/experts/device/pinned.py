@@ -94,7 +94,8 @@ def _pin(
     device: Device, count: int, size: int, most: int, *, grow: bool = False
 ) -> tuple[list[torch.Tensor], str | None]:
     """Pin ``count`` times ``size`` bytes, ``most`` of them in a block; halve the block where the
-    system refuses, down to one. ``grow``: double it until then. What the system said last."""
+    system refuses, down to one. ``grow``: double it until then. With what the system said, if some
+    are left."""
     blocks: list[torch.Tensor] = []
     refusal = None
     try:
@@ -111,7 +112,7 @@ def _pin(
         for pinned in blocks:
             device.unpin(pinned)
         raise
-    return blocks, refusal
+    return blocks, refusal if count else None
 
 
 def _note(pinned: int, wanted: int, refusal: str) -> str:

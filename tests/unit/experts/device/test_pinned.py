@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretend import Pretend
 
-from understudy.experts.device import pinned
+from understudy.experts.device import PinningRefused, pinned
 from understudy.experts.device.pinned import MIB, Slabs, probe
 
 PAGE = 4096
@@ -116,6 +116,23 @@ def test_copies_come_from_both_kinds() -> None:
     stream.record().synchronize()
     assert torch.equal(to, torch.stack([slabs.view(0), slabs.view(1)]))
     slabs.close()
+
+
+def test_blocks_that_are_too_large_are_halved_and_nobody_is_bothered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Pretend()
+    pin = device.pin
+
+    def small_only(nbytes: int) -> Any:
+        if nbytes > 2 * PAGE:
+            raise PinningRefused("too large in one piece")
+        return pin(nbytes)
+
+    monkeypatch.setattr(device, "pin", small_only)
+    slabs = Slabs(device, 7, SLOT, block_bytes=5 * PAGE)
+    assert slabs.pinned_slots == 7 and slabs.note is None
+    assert [block.numel() // PAGE for block in device.pinned] == [2, 2, 2, 1]
 
 
 def test_an_interrupt_while_pinning_leaves_nothing_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
