@@ -94,9 +94,10 @@ class Minds:
 
 @dataclass(frozen=True)
 class Built:
-    """What a place makes of a plan. ``notes``: what a person should be told; ``facts``: what
+    """What a place makes of a plan, and the plan as it was carried out. ``notes``: what a person should be told; ``facts``: what
     `Handle.policies` shows beside the names."""
 
+    plan: planning.Plan
     runtime: Runtime
     store: Store
     notes: Sequence[str]
@@ -161,7 +162,7 @@ class OnHost:
             "kernel": ",".join(dict.fromkeys(choice.name for choice in choices)),
             "frame": "eager" if built is None else f"{built.compiled} layers compiled",
         }
-        return Built(runtime, store, list(_slower(choices)), facts)
+        return Built(plan, runtime, store, list(_slower(choices)), facts)
 
 
 def make_director(

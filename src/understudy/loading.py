@@ -31,11 +31,9 @@ __all__ = ["Anatomy", "Handle", "Inspection", "Options", "inspect", "load"]
 class Handle:
     """``model.understudy``: what the engine shows of itself, and `close`."""
 
-    def __init__(
-        self, built: Built, plan: planning.Plan, options: Options, anatomy: Anatomy
-    ) -> None:
-        self.built, self.runtime = built, built.runtime
-        self.plan, self.options, self.anatomy = plan, options, anatomy
+    def __init__(self, built: Built, options: Options, anatomy: Anatomy) -> None:
+        self.built, self.runtime, self.plan = built, built.runtime, built.plan
+        self.options, self.anatomy = options, anatomy
         self.closed = False
 
     @property
@@ -118,7 +116,7 @@ def load(
     say(plan.line())
     built = place.build(plan, model, minds, say)
     guest.attach(model, built.runtime, anatomy.modules, residuals=minds.needs_residual)
-    model.understudy = Handle(built, plan, chosen, anatomy)
+    model.understudy = Handle(built, chosen, anatomy)
     for note in (*_given_up(asked, chosen, built), *built.notes):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():

@@ -124,22 +124,28 @@ class OnDevice:
             "frame": "eager",
             "host_experts": f"{min(host.memory.slots, len(a.layouts))} of {len(a.layouts)}",
         }
-        return Built(runtime, host.store, [*notes, *told], facts)
+        return Built(plan, runtime, host.store, [*notes, *told], facts)
 
     # ------------------------------------------------------------------------------- the memories
 
     def _slots(self, plan: planning.Plan) -> tuple[DeviceSlots, planning.Plan, list[str]]:
-        """The slots that were planned, or as many as the device still has room for."""
-        try:
-            return DeviceSlots(self.device, self.slabs, plan.slots), plan, []
-        except DeviceFull:
-            fixed = plan.kv + plan.activations
-            fewer = (self.device.free_bytes() - fixed) // plan.slot_bytes
-            if fewer < planning.MINIMUM_SLOTS:
-                raise
-        plan = plan.with_slots(fewer)
-        note = f"note: the device has room for {fewer} experts only; {plan.line()}"
-        return DeviceSlots(self.device, self.slabs, fewer), plan, [note]
+        """The slots that were planned, or as many as the device has room for beside what comes
+        later: others use it too, and what is said to be free may lie in pieces."""
+        later = self.device.allocate(plan.kv + plan.activations)
+        planned, note = plan.slots, []
+        while True:
+            try:
+                slots = DeviceSlots(self.device, self.slabs, plan.slots)
+            except DeviceFull:
+                if plan.slots <= planning.MINIMUM_SLOTS:
+                    raise
+                plan = plan.with_slots(max(planning.MINIMUM_SLOTS, plan.slots * 7 // 8))
+            else:
+                break
+        del later
+        if plan.slots < planned:
+            note.append(f"note: the device is fuller than planned: {plan.slots} experts resident")
+        return slots, plan, note
 
     def _host(self, say: Callable[[str], None]) -> tuple[HostTier, list[str]]:
         """Slabs for all experts, or for as many as `--memory` pays for."""

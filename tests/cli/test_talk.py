@@ -69,6 +69,9 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         "resolver": "fetch",
         "slots": "50%",
         "profile": Path("p.safetensors"),
+        "device": "cuda:1",
+        "device_memory": "12GiB",
+        "decode": "host",
     }
 
 

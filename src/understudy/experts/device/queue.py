@@ -135,6 +135,8 @@ class DeviceQueue:
             self._demands.remove(job)
             group.append(job)
             nbytes += job.nbytes
+        if not group and self._speculations:  # somebody waits for the slot of one
+            group.append(self._speculations.popleft())
         if not group:
             return not self._demands or self._came.wait(timeout)
         self._watch.stall(self.device.compute, group[-1].landed)
@@ -177,9 +179,9 @@ class DeviceQueue:
         with self.lock:
             self._stop = True
             self._guesses.clear()
-            events = [job.landed for job in self._jobs.values() if job.landed is not None]
+            last = [stream.record() for stream in (self._urgent, self._patient)]
             self._came.notify_all()
-        for event in events:
+        for event in last:
             event.synchronize()
         self.host.close()
 

@@ -4,7 +4,7 @@ Knows: which expert's bytes a slot was last given, which copy into it may still 
 which launch read it last. Does not know: who should be where (policies), or in which order copies
 are asked for (queue).
 
-    copy into a slot   waits for the last launch that reads it
+    copy into a slot   waits for the last launch that reads it, and for the last copy into it
     a launch           waits for the last copy into each slot it reads
 
 Both waits are between streams: the host waits for neither. With ``UNDERSTUDY_CHECK=1`` a slot is
@@ -61,9 +61,9 @@ class DeviceSlots:
         timed: bool = False,
     ) -> Event:  # fmt: skip
         """Ask ``stream`` to bring ``expert`` from ``source``. The event: it is there."""
-        read = self._read.pop(slot, None)
-        if read is not None:
-            stream.wait(read)
+        for before in (self._read.pop(slot, None), self._arriving.pop(slot, None)):
+            if before is not None:
+                stream.wait(before)
         memory = self.memory(slot)
         if self.checking:
             with stream:
