@@ -43,7 +43,14 @@ from understudy.policies.director import Director
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency
 from understudy.profile import Profile
-from understudy.registry import EVICTORS, PREDICTORS, RESOLVERS, ROUTES, require
+from understudy.registry import (
+    EVICTORS,
+    PREDICTORS,
+    RESOLVERS,
+    ROUTES,
+    require,
+    require_no_device,
+)
 
 DEFAULT_CONTEXT = 4096
 # The first compiling takes seconds and some hundred MiB that no budget knows of: not for small
@@ -344,6 +351,7 @@ def load(
     asked = chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
     require(chosen.evictor, chosen.predictor, chosen.route, chosen.resolver)
+    require_no_device(chosen.resolver)
     anatomy = Anatomy.of(source)
     dtype = anatomy.dtype(chosen.dtype)
     total = planning.parse_memory(chosen.memory, anatomy.checkpoint.nbytes)
