@@ -26,7 +26,7 @@ from understudy.registry import (
     PREDICTORS,
     RESOLVERS,
     ROUTES,
-    is_exact,
+    exactness,
     parse,
     require,
 )
@@ -69,9 +69,19 @@ class Policy:
         return policy
 
     @property
+    def exactness(self) -> str:
+        """What it may do to the output: one of `registry.CLASSES`."""
+        return exactness(self.route, self.resolver)
+
+    @property
     def exact(self) -> bool:
-        """Whether nothing in it may change what is computed."""
-        return is_exact(self.route, self.resolver)
+        """Whether nothing in it may change a bit of what is computed."""
+        return self.exactness == "bit-exact"
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether it may round otherwise, and nothing else."""
+        return self.exactness == "equivalent"
 
     @property
     def needs_profile(self) -> bool:

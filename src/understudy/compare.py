@@ -69,13 +69,15 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of the arena. ``why``: the reason where it could not be run."""
+    """A row of the arena. ``why``: the reason where it could not be run. Neither ``exact`` (to the
+    bit) nor ``equivalent`` (rounding only): lossy."""
 
     policy: str
     exact: bool
     speed: Speed | None = None
     quality: Quality | None = None
     why: str = ""
+    equivalent: bool = False
 
     @property
     def broken(self) -> bool:
@@ -132,8 +134,8 @@ def measure(contest: Contest, policy: Policy, score: Score, bar: Bar) -> Entry:
         speed = time_beside_baseline(contest, policy, bar(f"{policy.name}: speed"))
         quality = score(policy, bar(f"{policy.name}: quality"))
     except UnderstudyError as error:
-        return Entry(policy.name, policy.exact, why=str(error))
-    return Entry(policy.name, policy.exact, speed, quality)
+        return Entry(policy.name, policy.exact, why=str(error), equivalent=policy.equivalent)
+    return Entry(policy.name, policy.exact, speed, quality, equivalent=policy.equivalent)
 
 
 def time_beside_baseline(contest: Contest, policy: Policy, report: Report) -> Speed:
@@ -233,7 +235,7 @@ def cells(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def _cells(e: Entry, seconds: dict[str, float], best: set[str]) -> list[str]:
-    kind = "exact" if e.exact else "lossy"
+    kind = "exact" if e.exact else "equivalent" if e.equivalent else "lossy"
     if e.speed is None or e.quality is None:
         return [e.policy, kind, e.why, *[""] * (len(COLUMNS) - 3)]
     s, q = e.speed, e.quality

@@ -169,11 +169,19 @@ current_forward: ContextVar[Forward | None] = ContextVar("current_forward", defa
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured numbers a mind may weigh. Zero means: not measured yet."""
+    """Measured numbers a mind may weigh. Zero means: not measured yet.
+
+    Of a processor that computes experts where they lie: ``host_bandwidth`` is bytes/s at which it
+    reads their weights for one token each, ``host_further`` the rate at which it works the same
+    weights through once more for each further token of an expert. An expert of W bytes with n
+    tokens takes it W / host_bandwidth + (n - 1) W / host_further.
+    """
 
     link_bandwidth: float = 0.0  # bytes/s that demand loads achieved lately
     link_idle: float = 0.0  # share of the time the link had nothing to do, 0..1
     queued: int = 0  # demand reads waiting now
+    host_bandwidth: float = 0.0
+    host_further: float = 0.0
 
 
 NOBODY = -1  # in place of an expert's number: this (token, rank) runs nobody
@@ -244,9 +252,11 @@ class LayerPlan:
     ``event``: the event as it is carried out (a route transform may have changed who runs).
     ``hits`` are READY now; ``late`` are on their way because somebody speculated; ``loads`` are
     issued in this order, before any speculation; ``order`` is the order in which experts *may* be
-    computed first (the runtime takes whatever is READY, earliest in this order first);
-    ``skipped`` are left out by the resolver (lossy). Speculation is asked for apart, once these
-    loads are on their way: look-ahead takes time that the link can already use.
+    computed first (the runtime takes whatever is READY, earliest in this order first).
+    ``in_place`` take no slot and are not in ``order``: the processor computes them in host memory,
+    while loads fly and the device works. ``skipped`` are left out by the resolver (lossy).
+    Speculation is asked for apart, once these loads are on their way: look-ahead takes time that
+    the link can already use.
     """
 
     event: LayerEvent
@@ -254,6 +264,7 @@ class LayerPlan:
     late: tuple[ExpertId, ...]
     loads: tuple[Load, ...]
     order: tuple[ExpertId, ...]
+    in_place: tuple[ExpertId, ...] = ()
     skipped: tuple[ExpertId, ...] = ()
 
 
@@ -268,14 +279,15 @@ class Counters:
     substituted, skipped: (token, rank) pairs that ran as another expert, or not at all; the masses
     are the router's weights of those pairs (a token's weights mostly sum to 1).
     hit: resident at lookup. late: in flight at lookup. miss: neither. One lookup per (event,
-    expert).
-    Stall: seconds the compute thread waited for an expert.
+    expert). computed_in_place: misses that the processor computed in host memory.
+    Stall: seconds the compute thread waited for an expert, on its way or computed in place.
     """
 
     events: int = 0
     hits: int = 0
     late: int = 0
     misses: int = 0
+    computed_in_place: int = 0
     substituted: int = 0
     skipped: int = 0
     substituted_mass: float = 0.0

@@ -20,7 +20,7 @@ from understudy import plan as planning
 from understudy.anatomy import Anatomy, Inspection, Options, activations, inspect, slots_asked
 from understudy.assembly import Built, Minds, OnHost, make_predictor
 from understudy.core import Counters, LayerEvent
-from understudy.registry import require
+from understudy.registry import require, require_no_device
 
 if TYPE_CHECKING:
     from understudy.on_device import OnDevice
@@ -127,6 +127,7 @@ def load(
 def place_of(a: Anatomy, o: Options) -> OnHost | OnDevice:
     """Where experts will be computed. Raises where that is not here."""
     if o.device == "cpu":
+        require_no_device(o.resolver)
         return OnHost(a, o)
     from understudy.on_device import OnDevice
 

@@ -253,8 +253,21 @@ def _read_text(path: str) -> str | None:
 
 def free_memory(read: Callable[[str], str | None] = _read_text) -> int:
     """Bytes this process could still take: the machine's, or its cgroup's where that is less."""
-    rooms = [_machine_free(read), *_cgroup_free(read)]
+    rooms = [_machine_free(read), *(most - used for most, used in _cgroups(read))]
     return max(0, min(rooms))
+
+
+def total_memory(read: Callable[[str], str | None] = _read_text) -> int:
+    """Bytes of memory that this machine has, whoever uses it."""
+    fields = _fields(read("/proc/meminfo"))
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return fields["MemTotal:"] * KIB if "MemTotal:" in fields else pages
+
+
+def memory_limit(read: Callable[[str], str | None] = _read_text) -> int | None:
+    """The smallest limit that a cgroup sets this process; None where the machine is the limit."""
+    least = min((most for most, _ in _cgroups(read)), default=None)
+    return least if least is not None and least < total_memory(read) else None
 
 
 def _machine_free(read: Callable[[str], str | None]) -> int:
@@ -265,8 +278,9 @@ def _machine_free(read: Callable[[str], str | None]) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _cgroup_free(read: Callable[[str], str | None]) -> Iterator[int]:
-    """The room left in this process's memory cgroup and in each one above it."""
+def _cgroups(read: Callable[[str], str | None]) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use that nobody gives back) of this process's memory cgroup and of each one
+    above it that has a limit."""
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -279,7 +293,7 @@ def _cgroup_free(read: Callable[[str], str | None]) -> Iterator[int]:
         for folder in _upwards(mount, path):
             most, now = _number(read(f"{folder}/{limit}")), _number(read(f"{folder}/{usage}"))
             if most is not None and now is not None:
-                yield most - now + _page_cache(read(f"{folder}/memory.stat"))
+                yield most, now - _page_cache(read(f"{folder}/memory.stat"))
 
 
 def _upwards(mount: str, path: str) -> Iterator[str]:

@@ -267,10 +267,11 @@ class Solved:
 class Verdict:
     """One policy, compared. Nats, bytes, seconds and counts per decoded token. ``nll_by_domain``:
     what is lost there; ``solved``: by kind of problem, and ``all``. ``format``: the experts are in
-    fewer bits than the exact run's."""
+    fewer bits than the exact run's. ``equivalent``: it may round otherwise, and nothing else."""
 
     policy: str
     exact: bool
+    equivalent: bool
     format: bool
     identical: bool
     tokens: int
@@ -297,14 +298,18 @@ class Verdict:
         return self.substituted + self.skipped
 
     @property
+    def lossy(self) -> bool:
+        return not self.exact and not self.equivalent
+
+    @property
     def never_acted(self) -> bool:
         """A lossy policy that changed nothing: its figures say nothing about it."""
-        return not self.exact and not self.format and not self.changed and self.identical
+        return self.lossy and not self.format and not self.changed and self.identical
 
     @property
     def uncounted(self) -> bool:
         """It changed something, but never who runs: weights only."""
-        return not self.exact and not self.format and not self.changed and not self.identical
+        return self.lossy and not self.format and not self.changed and not self.identical
 
     @property
     def broken(self) -> bool:
@@ -322,6 +327,7 @@ def compare(
     return Verdict(
         policy=policy.name,
         exact=policy.exact and not format,
+        equivalent=policy.equivalent and not format,
         format=format,
         identical=own.identical,
         tokens=own.tokens,

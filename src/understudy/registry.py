@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import isfunction, signature
 from typing import Any
 
-from understudy.core import UnknownName
+from understudy.core import UnderstudyError, UnknownName
 
 # What the engine tells a policy; everything else in its signature is a parameter.
 CONTEXT = ("slots", "layers", "experts", "depth", "learned", "seed", "future")
@@ -164,7 +164,11 @@ ORACLES = ("belady",)  # they need to know the future, which only a recorded tra
 
 RESOLVERS = Registry(
     "resolver",
-    {"fetch": "understudy.policies.resolve:Fetch"},
+    {
+        "fetch": "understudy.policies.resolve:Fetch",
+        "cpu-split": "understudy.policies.resolve:CpuSplit",
+        "makespan": "understudy.policies.resolve:Makespan",
+    },
     group="understudy.resolvers",
 )
 
@@ -194,10 +198,22 @@ def require(
         )
 
 
-def is_exact(route: str, resolver: str = "fetch") -> bool:
-    """Whether these policies declare that they never change what is computed."""
+CLASSES = ("bit-exact", "equivalent", "lossy")  # from best to worst
+
+
+def exactness(route: str, resolver: str = "fetch") -> str:
+    """What these policies together declare that they may do to the output: one of `CLASSES`."""
     parts = ROUTES.get(parse(route)[0]), RESOLVERS.get(parse(resolver)[0])
-    return all(part.exactness.value != "lossy" for part in parts)
+    worst: str = max((part.exactness.value for part in parts), key=CLASSES.index)
+    return worst
+
+
+def require_no_device(resolver: str) -> None:
+    """Complain about a resolver that has no meaning where everything is computed on the CPU."""
+    if RESOLVERS.get(parse(resolver)[0]).needs_device:
+        raise UnderstudyError(
+            f"--resolver {resolver} computes misses in host memory; it needs --device"
+        )
 
 
 FORMATS = Registry(

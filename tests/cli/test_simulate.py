@@ -70,6 +70,19 @@ def test_a_row_per_budget_link_and_policy_and_the_oracle(
     assert (answer["experts"], answer["expert_bytes"]) == (16, 16 * MIB)
 
 
+def test_misses_computed_in_place(understudy: Command, traces: SimpleNamespace) -> None:
+    asked = ("simulate", "t.parquet", *HALF, "--policies", "lru,lru+cpu-split", "--link", "1GB/s")
+    ended = understudy(*asked, "--host", "3GB/s", "--json")
+    assert ended.code == 0
+    fetch, split, _ = ended.json["rows"]
+    assert fetch["counters"]["computed_in_place"] == 0 < split["counters"]["computed_in_place"]
+    assert split["tpot_mean_ms"] < fetch["tpot_mean_ms"]
+    assert ended.json["machines"][0]["host"] == 3e9
+    refused = understudy(*asked)
+    assert refused.code == 2
+    assert "try --host 40GB/s" in refused.err
+
+
 def test_belady_is_not_run_twice(understudy: Command, traces: SimpleNamespace) -> None:
     ended = understudy(
         "simulate", "t.parquet", "--policies", "belady,lru", "--memory", "50%", "--json"

@@ -186,7 +186,7 @@ def test_commands_are_found_in_shell_blocks(tmp_path: Path) -> None:
 def test_every_policy_has_its_section_and_nothing_else_has() -> None:
     page = pages.ROOT / "docs" / "policies.md"
     sections = [h.strip("`") for h in pages.headings(page, 3)]
-    kinds = (registry.EVICTORS, registry.PREDICTORS, registry.ROUTES)
+    kinds = (registry.EVICTORS, registry.PREDICTORS, registry.ROUTES, registry.RESOLVERS)
     known = [name for kind in kinds for name in kind.builtin_names if name != "as-routed"]
     assert sorted(sections) == sorted(known)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from understudy.compare import Entry, Quality, Speed, front, tpot
+from understudy.compare import COLUMNS, Entry, Quality, Speed, cells, front, tpot
 
 
 def entry(name: str, ratio: float, lost: float, baseline: float = 1.0) -> Entry:
@@ -34,3 +36,11 @@ def test_a_time_is_a_ratio_times_the_median_of_all_baselines() -> None:
     """The second was timed while the machine was twice as slow; the ratio does not know."""
     found = tpot([entry("a", 0.5, 0, baseline=1.0), entry("b", 0.5, 0, baseline=2.0)])
     assert found["a"] == found["b"] == pytest.approx(0.5 * 2.5)  # of 1 2 3 2 4 6
+
+
+def test_rounding_otherwise_is_neither_exact_nor_lossy_nor_a_broken_promise() -> None:
+    e = entry("cpu-split", 0.5, 0.0)
+    rounded = replace(e, exact=False, equivalent=True, quality=replace(e.quality, identical=False))
+    assert not rounded.broken
+    (row,) = cells([rounded])
+    assert row[COLUMNS.index("class")] == "equivalent"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from understudy import registry
-from understudy.core import UnknownName
+from understudy.core import UnderstudyError, UnknownName
 from understudy.registry import Registry
 
 
@@ -79,3 +79,29 @@ def test_importing_the_registry_imports_no_policy() -> None:
 def test_every_built_in_name_leads_somewhere(book: Registry) -> None:
     for name in book.names():
         assert callable(book.get(name))
+
+
+@pytest.mark.parametrize(
+    ("route", "resolver", "found"),
+    [
+        ("as-routed", "fetch", "bit-exact"),
+        ("as-routed", "cpu-split", "equivalent"),
+        ("as-routed", "makespan", "equivalent"),
+        ("buddy:rho=2", "fetch", "lossy"),
+        ("speculated", "cpu-split", "lossy"),
+    ],
+)
+def test_policies_together_are_as_exact_as_the_worst_of_them(
+    route: str, resolver: str, found: str
+) -> None:
+    assert registry.exactness(route, resolver) == found
+
+
+def test_a_resolver_that_needs_a_device_is_refused_where_there_is_none() -> None:
+    registry.require_no_device("fetch")
+    for name in ("cpu-split", "makespan"):
+        with pytest.raises(UnderstudyError) as error:
+            registry.require_no_device(name)
+        assert str(error.value) == (
+            f"--resolver {name} computes misses in host memory; it needs --device"
+        )

@@ -159,7 +159,7 @@ def everyone(
         yield policy, "", None
         for control in controls(policy) if with_controls else ():
             yield control, policy.name, None
-    if with_controls and not all(policy.exact for policy in chosen):
+    if with_controls and not all(policy.exact or policy.equivalent for policy in chosen):
         for format in ("int8", "int4"):
             yield replace(ON_DEMAND, name=f"all {format}"), "", format
 
@@ -196,7 +196,7 @@ def matched(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     for v in verdicts:
-        if v.exact or v.format or v.policy.endswith(")"):
+        if not v.lossy or v.format or v.policy.endswith(")"):
             continue
         for other in verdicts:
             if other.policy.startswith(f"{v.policy} ("):

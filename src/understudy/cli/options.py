@@ -110,7 +110,8 @@ class EngineOptions:
         str,
         option(
             "--resolver",
-            help=f"What a miss does: {', '.join(RESOLVERS.builtin_names)}.",
+            help=f"What a miss does: {', '.join(RESOLVERS.builtin_names)}; all but the first need "
+            "a device and may round otherwise.",
             metavar="NAME",
         ),
     ] = "fetch"

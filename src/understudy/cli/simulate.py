@@ -59,6 +59,10 @@ def simulate(
     compute: Annotated[
         str, option("--compute", metavar="RATE", help="At which expert bytes are computed.")
     ] = "20GB/s",
+    host: Annotated[
+        str | None,
+        option("--host", metavar="RATE", help="At which a processor computes misses in place."),
+    ] = None,
     frame: Annotated[
         float, option("--frame", metavar="MS", min=0, help="All but experts, per token.")
     ] = 0.0,
@@ -121,6 +125,8 @@ def simulate(
         if measure is not None:
             found = measured(measure)
             machines = [replace(found, link=m.link) for m in machines] if link else [found]
+        if host is not None:
+            machines = [replace(m, host=parse_rate(host, "--host")) for m in machines]
         answer = swept(recording, memory, named, machines, plot, json)
     if output is not None:
         keep(output, json_format.dumps(answer) + "\n")

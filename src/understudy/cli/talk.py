@@ -18,7 +18,7 @@ import typer
 from understudy.cli import screen
 from understudy.cli.options import EngineOptions, Json, Model, option, takes_engine_options
 from understudy.cli.session import opened
-from understudy.core import ContextTooLong, UnderstudyError
+from understudy.core import ContextTooLong, Counters, UnderstudyError
 
 if TYPE_CHECKING:
     from understudy.engine import Engine, Generation
@@ -201,7 +201,8 @@ def statistics(generation: Generation) -> Any:
         "prompt": f"{generation.prompt_tokens} tokens, first answer after {generation.ttft:.2f} s",
         "answer": f"{len(generation.tokens)} tokens, {1000 * generation.tpot:.1f} ms each",
         "experts": f"{counters.hits} hits ({100 * counters.hits / lookups:.0f} %), "
-        f"{counters.late} late, {counters.misses} misses, {counters.evictions} evictions",
+        f"{counters.late} late, {counters.misses} misses{_in_place(counters)}, "
+        f"{counters.evictions} evictions",
         "bytes read": f"{shown_size(counters.bytes_read)}, of that speculation "
         f"{shown_size(counters.prefetch_bytes)} ({shown_size(counters.wasted_bytes)} wasted); "
         f"{shown_size(decode.bytes_read / later)} per token",
@@ -211,6 +212,11 @@ def statistics(generation: Generation) -> Any:
         f"{1000 * decode.stall_seconds / later:.1f} ms per token",
     }
     return screen.facts(rows)
+
+
+def _in_place(counters: Counters) -> str:
+    count = counters.computed_in_place
+    return f" ({count} computed in place)" if count else ""
 
 
 def as_result(model: str, engine: Engine, generation: Generation) -> dict[str, Any]:

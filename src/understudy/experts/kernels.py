@@ -30,6 +30,7 @@ from understudy.experts.store import Weights
 NATIVE_ROWS = 8  # where nobody may measure or write: the native kernel won up to here in all trials
 TRIED = (1, 2, 4, 8, 16, 32)
 COLD_BYTES = 96 << 20  # weights to cycle through, so that no cache holds them
+MOST = 16  # experts that are cycled through, where they are small
 ROUNDS = 5
 ASKED = "asked for"
 
@@ -125,39 +126,75 @@ def _measure(
     mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype
 ) -> Iterator[tuple[int, tuple[float, float]]]:
     """Rows -> microseconds per expert of both kernels, the best of a few alternating rounds."""
-    some = _weights(layout)
-    size = sum(p.nbytes for pieces in some.values() for p in pieces)
-    crowd = [some, *(_weights(layout) for _ in range(min(15, COLD_BYTES // max(1, size))))]
+    crowd = Crowd(mlp, layout, dtype)
     kept = mlp.native_rows
     try:
         for rows in TRIED:
             best = [float("inf"), float("inf")]
             for turn in range(2 * ROUNDS):
                 mlp.native_rows = 0 if turn % 2 else rows
-                best[turn % 2] = min(best[turn % 2], _time(mlp, crowd, rows, dtype))
+                best[turn % 2] = min(best[turn % 2], crowd.seconds(rows))
             yield rows, (1e6 * best[0], 1e6 * best[1])
     finally:
         mlp.native_rows = kept
 
 
-def _time(mlp: ExpertMlp, crowd: list[Weights], rows: int, dtype: torch.dtype) -> float:
-    x = torch.randn(rows, mlp.hidden(crowd[0])).to(dtype)
-    batch = Batch(x, [[0]] * rows, torch.ones(rows, 1, dtype=dtype))
-    started = time.perf_counter()
-    for weights in crowd:
-        batch.compute(0, mlp, weights)
-    return (time.perf_counter() - started) / len(crowd)
+class Crowd:
+    """Experts that lie as ``layout`` says, enough to fill ``cold_bytes`` (but ``most`` at most), to
+    time a kernel on. All are copies of one of random weights."""
+
+    def __init__(
+        self, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype,
+        *, cold_bytes: int = COLD_BYTES, most: int = MOST,
+    ) -> None:  # fmt: skip
+        self.mlp, self.dtype = mlp, dtype
+        first = _random(_laid_out(layout, "cpu"))
+        self.expert_bytes = sum(p.nbytes for pieces in first.values() for p in pieces)
+        copies = min(most - 1, cold_bytes // max(1, self.expert_bytes))
+        self.experts = [first, *(_copied(first, layout) for _ in range(copies))]
+        self._next = 0
+        self._inputs: dict[int, torch.Tensor] = {}
+
+    def seconds(self, rows: int) -> float:
+        """Per expert, each in a call of its own, for ``rows`` tokens each."""
+        batch = self._batch(rows, 1)
+        started = time.perf_counter()
+        for weights in self.experts:
+            batch.compute(0, self.mlp, weights)
+        return (time.perf_counter() - started) / len(self.experts)
+
+    def compute(self, rows: int, together: int) -> int:
+        """Compute the next ``together`` experts, as an event with ``rows`` tokens for each would.
+        Answers with the bytes of their weights."""
+        places = range(self._next, self._next + together)
+        some = [(i, self.experts[at % len(self.experts)]) for i, at in enumerate(places)]
+        self._next = places.stop % len(self.experts)
+        self._batch(rows, together).compute_many(some, self.mlp)
+        return together * self.expert_bytes
+
+    def _batch(self, rows: int, experts: int) -> Batch:
+        if rows not in self._inputs:
+            x = torch.randn(rows, self.mlp.hidden(self.experts[0]))
+            self._inputs[rows] = x.to(self.dtype)
+        weights = torch.ones(rows, experts, dtype=self.dtype)
+        return Batch(self._inputs[rows], [list(range(experts))] * rows, weights)
 
 
-def _weights(layout: ExpertLayout) -> Weights:
-    """Random weights that lie as ``layout`` says."""
-    weights = _laid_out(layout, "cpu")
+def _random(weights: Weights) -> Weights:
     for part in (part for pieces in weights.values() for part in pieces):
         if part.is_floating_point():
             part.copy_(0.02 * torch.randn(part.shape))  # float8 has no normal_ of its own
         else:
             part.random_(0, 100)
     return weights
+
+
+def _copied(weights: Weights, layout: ExpertLayout) -> Weights:
+    other = _laid_out(layout, "cpu")
+    for name, pieces in other.items():
+        for to, part in zip(pieces, weights[name], strict=True):
+            to.copy_(part)
+    return other
 
 
 def _laid_out(layout: ExpertLayout, device: str) -> Weights:

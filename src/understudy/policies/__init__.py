@@ -8,9 +8,9 @@ A policy is one small class and one registration line; `docs/write-a-policy.md` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from understudy.core import ExpertId, Guess, LayerEvent
 from understudy.policies.residency import Residency
@@ -127,15 +127,34 @@ class RouteTransform:
         raise NotImplementedError
 
 
+class Resolution(NamedTuple):
+    """What is done about the missing experts of one event. ``fetch``: loaded into slots, in this
+    order. ``in_place``: computed by the processor in host memory. Who is in neither is left out,
+    which is lossy."""
+
+    fetch: Sequence[ExpertId] = ()
+    in_place: Sequence[ExpertId] = ()
+
+
 class MissResolver:
-    """Decides what to do about experts that are not resident: so far, fetch them.
-    May never change which expert was chosen."""
+    """Decides what to do about experts that are not resident: fetch them, compute them where they
+    lie, or leave them out. May never change which expert was chosen.
+
+    An expert that lies on disk comes to host memory in any case, so it makes no difference between
+    the first two: what they differ in is whether it crosses the link to the device.
+    """
 
     exactness = Exactness.BIT_EXACT
+    needs_device = False  # answers `Resolution.in_place`, which means nothing without a device
 
-    def fetch(self, event: LayerEvent, missing: Sequence[ExpertId]) -> Iterator[ExpertId]:
-        """Those of ``missing`` to load now, in the order in which they should be loaded."""
+    def resolve(
+        self, event: LayerEvent, missing: Sequence[ExpertId], book: Residency
+    ) -> Resolution:
+        """``missing``, each once, shared out. They come in order of last use."""
         raise NotImplementedError
+
+    def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
+        """One event was resolved, with nobody missing or some. ``needed``: all its experts."""
 
     def would_fetch(self, expert: ExpertId) -> bool:
         """Whether a miss of ``expert`` would be fetched on demand. If not, it is not prefetched."""
@@ -149,5 +168,6 @@ __all__ = [
     "MissResolver",
     "Predictor",
     "Residency",
+    "Resolution",
     "RouteTransform",
 ]

@@ -71,7 +71,8 @@ class Director:
         if self._wanted:
             # The truth about this layer is here; guesses about it protect nobody any more.
             self._wanted = {e for e in self._wanted if e.layer != event.layer}
-        fetched = list(self.resolver.fetch(event, missing)) if missing else []
+        fetched, in_place, skipped = self._resolve(event, missing)
+        self.resolver.touch(event, needed)
         # Hits first: they are computed while the loads fly.
         order = hits + late + fetched
         loads = self._place_loads(event, fetched, order, needed) if fetched else []
@@ -81,8 +82,20 @@ class Director:
             late=tuple(late),
             loads=tuple(loads),
             order=tuple(order),
-            skipped=tuple(e for e in missing if e not in fetched) if missing else (),
+            in_place=in_place,
+            skipped=skipped,
         )
+
+    def _resolve(
+        self, event: LayerEvent, missing: Sequence[ExpertId]
+    ) -> tuple[list[ExpertId], tuple[ExpertId, ...], tuple[ExpertId, ...]]:
+        """Who is fetched, who is computed in place, and who is left out."""
+        if not missing:
+            return [], (), ()
+        fetch, in_place = self.resolver.resolve(event, missing, self.book)
+        self.counters.computed_in_place += len(in_place)
+        served = {*fetch, *in_place}
+        return list(fetch), tuple(in_place), tuple(e for e in missing if e not in served)
 
     def foresee(self, event: LayerEvent) -> tuple[Guess, ...]:
         """Guesses worth issuing after ``event``, soonest and likeliest first. An empty answer

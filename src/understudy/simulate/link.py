@@ -31,7 +31,9 @@ class Machine:
     first byte of each load. ``compute``: bytes/s at which an expert's weights are worked through
     for one token. ``per_token``: seconds for each further token of the same expert. ``frame``:
     seconds per layer and forward for all that is not experts: attention, norms, the router.
-    ``lookahead``: seconds that asking later routers takes, per layer.
+    ``lookahead``: seconds that asking later routers takes, per layer. ``host`` and
+    ``host_further``: of a processor that computes misses in host memory beside all that, as in
+    `core.Costs`; 0: nobody does.
     """
 
     link: float
@@ -40,6 +42,8 @@ class Machine:
     per_token: float = 0.0
     frame: float = 0.0
     lookahead: float = 0.0
+    host: float = 0.0
+    host_further: float = 0.0
 
     def __post_init__(self) -> None:
         if self.link <= 0 or self.compute <= 0:
@@ -52,6 +56,11 @@ class Machine:
     def compute_seconds(self, experts: int, nbytes: int, tokens: int) -> float:
         """``experts`` of ``nbytes`` each, computed together for ``tokens`` (token, rank) pairs."""
         return experts * nbytes / self.compute + (tokens - experts) * self.per_token
+
+    def host_seconds(self, experts: int, nbytes: int, tokens: int) -> float:
+        """The same by the processor, where they lie."""
+        further = (tokens - experts) / (self.host_further or self.host)
+        return nbytes * (experts / self.host + further)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,7 +151,8 @@ class Link:
         """What the runtime would have measured by now."""
         bandwidth = self.nbytes_carried / self.busy if self.busy else 0.0
         idle = max(0.0, 1 - self.busy / self.now) if self.now else 0.0
-        return Costs(bandwidth, idle, self.queued)
+        machine = self.machine
+        return Costs(bandwidth, idle, self.queued, machine.host, machine.host_further)
 
     def carried(self, nbytes: int, seconds: float) -> None:
         """Demands that a caller has accounted for by itself, while the link was idle."""

@@ -22,7 +22,7 @@ from understudy.core import (
     Phase,
     UnderstudyError,
 )
-from understudy.policies import Evictor, Learned, Predictor, RouteTransform
+from understudy.policies import Evictor, Learned, MissResolver, Predictor, RouteTransform
 from understudy.policies.director import Director
 from understudy.policies.predict import NoPrediction, SelfSwitch
 from understudy.policies.residency import Residency, State
@@ -177,6 +177,7 @@ def simulate(
     director = minds.director(sizes, slots, events)
     _require_lookahead(events, director.predictor, minds.predictor)
     _require_what_the_route_reads(events, director.route, minds.route)
+    _require_a_processor(machine, director.resolver, minds.resolver)
     run = Simulation(director, sizes, machine)
     for done, event in enumerate(events):
         run.event(event)
@@ -218,6 +219,14 @@ def _require_what_the_route_reads(
         raise UnderstudyError(
             f"route {name} reads what was foretold of a layer, and this trace says nothing; record "
             "one under that route, or simulate as-routed"
+        )
+
+
+def _require_a_processor(machine: Machine, resolver: MissResolver, name: str) -> None:
+    if resolver.needs_device and not machine.host:
+        raise UnderstudyError(
+            f"resolver {name} computes misses in host memory, and nothing is said of how fast; "
+            "try --host 40GB/s"
         )
 
 
@@ -327,11 +336,13 @@ class Simulation:
             self._hands.count_changes(seen, plan.event)
         if plan.skipped:
             self._hands.count_left_out(plan.event, plan.skipped)
+        host_done = self.link.now + self._host_seconds(plan)
         all_here = self.director.ample and len(plan.hits) == len(plan.order)
         if all_here and not self.director.route.wants_foretold:
             self.link.advance(self.link.now + self._seconds(plan, plan.order))
         elif not self._plain or not self._at_once(plan):
             _Errand(self, plan, event).carry_out()
+        self._wait_for_the_host(host_done)
         stall = self._hands.stall_seconds - stalled
         self._hands.expert_seconds += self.link.now - started - stall
 
@@ -350,6 +361,19 @@ class Simulation:
         tokens = plan.event.needed()
         pairs = sum(tokens[e.expert] for e in experts)
         return self.machine.compute_seconds(len(experts), self.sizes.nbytes[layer], pairs)
+
+    def _host_seconds(self, plan: LayerPlan) -> float:
+        """What the processor takes for its experts, from the moment the event was looked up."""
+        if not plan.in_place:
+            return 0.0
+        tokens, size = plan.event.needed(), self.sizes.nbytes[plan.event.layer]
+        pairs = sum(tokens[e.expert] for e in plan.in_place)
+        return self.machine.host_seconds(len(plan.in_place), size, pairs)
+
+    def _wait_for_the_host(self, until: float) -> None:
+        if until > self.link.now:
+            self._hands.stall_seconds += until - self.link.now
+            self.link.advance(until)
 
     def _at_once(self, plan: LayerPlan) -> bool:
         """Carry out a plan of which nothing can overlap with speculation, without the queue: the

@@ -25,8 +25,8 @@ PUBLISHED_NAMES = {"lru": "lru-global", "lfu": "lfu", "belady": "belady"}
 class Row:
     """One policy with one budget on one machine. Floors are seconds per decode step that nothing on
     this machine can beat: ``floor_own`` with the bytes this policy needed, ``floor_belady`` with
-    those a clairvoyant would have needed; loads overlap with all else, so each is the larger of the
-    two times."""
+    those a clairvoyant who fetches every miss would have needed; loads overlap with all else, so
+    each is the larger of the two times."""
 
     budget: int
     machine: Machine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 
 import understudy
 from understudy import Engine
-from understudy.core import Counters, ExpertId, LayerEvent
-from understudy.policies import MissResolver, RouteTransform
+from understudy.core import Counters, ExpertId, LayerEvent, UnderstudyError
+from understudy.policies import MissResolver, Resolution, RouteTransform
 from understudy.policies.residency import Residency
 
 IDS = torch.arange(2, 9).unsqueeze(0)
@@ -33,8 +33,10 @@ class AlwaysTheFirstTwo(RouteTransform):
 
 
 class NeverFetch(MissResolver):
-    def fetch(self, event: LayerEvent, missing: Sequence[ExpertId]) -> Iterator[ExpertId]:
-        return iter(())
+    def resolve(
+        self, event: LayerEvent, missing: Sequence[ExpertId], book: Residency
+    ) -> Resolution:
+        return Resolution()
 
 
 def logits(model: object) -> torch.Tensor:
@@ -67,6 +69,13 @@ def test_what_is_not_fetched_contributes_nothing_and_is_counted(
     assert torch.equal(first, again)
     assert counters.demand_bytes == 0
     assert counters.skipped == 2 * layers * IDS.numel() * 2  # two forwards, top-2
+
+
+def test_what_only_a_device_can_do_is_refused_without_one(
+    tiny: Callable[[str, str], Path],
+) -> None:
+    with pytest.raises(UnderstudyError, match="--resolver cpu-split computes misses in host"):
+        understudy.load(tiny("mixtral", "float32"), resolver="cpu-split")
 
 
 def test_exact_runs_count_nothing_lossy(tiny: Callable[[str, str], Path]) -> None:

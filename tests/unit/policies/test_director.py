@@ -9,7 +9,7 @@ import pytest
 from unit.policies.traces import at_random, event
 
 from understudy.core import ExpertId, Guess, LayerEvent, LayerPlan, Load, Phase
-from understudy.policies import MissResolver, Predictor
+from understudy.policies import MissResolver, Predictor, Resolution
 from understudy.policies.director import Director
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency, State
@@ -160,6 +160,51 @@ def test_counters_add_up() -> None:
     assert c.demand_bytes == c.misses * SIZE == c.bytes_read
     assert c.evictions == c.misses - 5
     assert (c.prefetch_issued, c.prefetch_bytes, c.wasted_bytes) == (0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------- resolving
+
+
+class ByNumber(MissResolver):
+    """Even experts are fetched, the last first; 1 is computed in place; others are left out."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[ExpertId], int]] = []
+        self.told: list[list[ExpertId]] = []
+
+    def resolve(
+        self, event: LayerEvent, missing: Sequence[ExpertId], book: Residency
+    ) -> Resolution:
+        self.asked.append((list(missing), len(self.told)))
+        even = [e for e in reversed(missing) if e.expert % 2 == 0]
+        return Resolution(even, [e for e in missing if e.expert == 1])
+
+    def touch(self, event: LayerEvent, needed: Sequence[ExpertId]) -> None:
+        self.told.append(list(needed))
+
+
+def test_each_missing_expert_is_fetched_computed_in_place_or_left_out() -> None:
+    resolver = ByNumber()
+    d = direct(4, resolver=resolver)
+    carry_out(d, event(0, 0))
+    plan = carry_out(d, event(0, 0, 1, 2, 3, 4))
+    assert plan.hits == (ExpertId(0, 0),)
+    assert [load.expert.expert for load in plan.loads] == [4, 2]
+    assert plan.order == (ExpertId(0, 0), ExpertId(0, 4), ExpertId(0, 2))
+    assert plan.in_place == (ExpertId(0, 1),)
+    assert plan.skipped == (ExpertId(0, 3),)
+    assert there(d) == {(0, 0), (0, 2), (0, 4)}  # what is computed in place takes no slot
+    c = d.counters
+    assert (c.hits, c.misses, c.computed_in_place, c.demand_bytes) == (1, 5, 1, 3 * SIZE)
+
+
+def test_a_resolver_hears_of_every_event_after_it_was_asked_about_it() -> None:
+    resolver = ByNumber()
+    d = direct(4, resolver=resolver)
+    for e in (event(0, 0), event(0, 0), event(0, 0, 2)):
+        carry_out(d, e)
+    assert resolver.asked == [([ExpertId(0, 0)], 0), ([ExpertId(0, 2)], 2)]
+    assert [len(needed) for needed in resolver.told] == [1, 1, 2]
 
 
 # -------------------------------------------------------------------------------------------- waves

@@ -123,6 +123,81 @@ def test_time_changes_nothing_for_demand_policies(evictor: str, slots: int) -> N
         assert getattr(timed.counters, name) == getattr(counted, name)
 
 
+# -------------------------------------------------------------------------------- computed in place
+
+# The processor takes 5 ms for an expert, half as long as a load.
+HELPED = replace(MACHINE, host=2e5)
+
+
+def strangers(steps: int, k: int) -> list[LayerEvent]:
+    """Every token needs others; 2 slots hold none of them."""
+    return [event(0, *((i + k * s) % 8 for i in range(k)), step=s) for s in range(steps)]
+
+
+def test_the_processor_computes_misses_while_loads_fly() -> None:
+    done = simulate(
+        strangers(3, k=3), sizes=SIZES, slots=2, machine=HELPED,
+        minds=Minds("lru-global", resolver="cpu-split"),
+    )  # fmt: skip
+    # First nothing is measured, and two slots run three experts in waves: 2 + 3 x 10 + 1. Then one
+    # of three is fetched, and two take the processor 10 ms: it waits for neither.
+    assert milliseconds(done.steps) == [33.0, 2 + 10 + 1, 2 + 10 + 1]
+    c = done.counters
+    assert (c.misses, c.computed_in_place, c.demand_bytes) == (9, 4, 5 * 1000)
+
+
+def test_waiting_for_the_processor_is_stall() -> None:
+    slow = replace(MACHINE, host=1.25e5)  # 8 ms: alone it is still sooner than the link
+    done = simulate(
+        strangers(2, k=1), sizes=SIZES, slots=1, machine=slow,
+        minds=Minds("lru-global", resolver="cpu-split"),
+    )  # fmt: skip
+    assert milliseconds(done.steps) == [2 + 10 + 1, 2 + 8]
+    assert done.counters.stall_seconds == pytest.approx((10 + 8) / 1000)
+    assert done.counters.computed_in_place == 1
+
+
+def test_further_tokens_cost_the_processor_their_own_time() -> None:
+    machine = replace(MACHINE, host=1e6, host_further=1e6)
+    batch = [LayerEvent(s, 0, Phase.DECODE, ids=[[2 * s], [2 * s], [2 * s + 1]]) for s in range(2)]
+    done = simulate(
+        batch, sizes=SIZES, slots=1, machine=machine, minds=Minds("lru-global", resolver="makespan")
+    )
+    # Unmeasured, one slot: a wave for each of two. Then three tokens of two experts in place.
+    assert milliseconds(done.steps) == [2 + 10 + 1 + 10 + 1, 2 + 3]
+    unmeasured = replace(machine, host_further=0.0)
+    assert unmeasured.host_seconds(2, 1000, 3) == machine.host_seconds(2, 1000, 3)
+
+
+def test_an_event_with_speculation_waits_for_the_processor_too() -> None:
+    trace = [e for step in range(8) for e in guessed(step, right=True)]
+    for e in trace[::2]:
+        e.ids = [[e.step % 8]]  # layer 0 needs strangers, too
+    minds = Minds("lru-global", "next-gate", resolver="cpu-split", self_switch=False)
+    done = simulate(trace, sizes=SIZES, slots=2, machine=HELPED, minds=minds)
+    # Layer 0 is done in place at 7; what it foretold of layer 1 flies from 2 to 12 meanwhile.
+    assert milliseconds(done.steps)[1:] == [12 + 1] * 7
+    assert (done.counters.computed_in_place, done.counters.late) == (7, 8)
+
+
+def test_sharing_out_is_never_later_than_fetching() -> None:
+    trace = at_random(11, steps=60, layers=2, experts=8, k=4)
+    for slots in (2, 5, 9):
+        fetch = simulate(trace, sizes=SIZES, slots=slots, machine=HELPED, minds=LRU)
+        for name in ("cpu-split", "makespan"):
+            minds = Minds("lru-global", resolver=name)
+            split = simulate(trace, sizes=SIZES, slots=slots, machine=HELPED, minds=minds)
+            assert split.counters.lookups == fetch.counters.lookups
+            assert split.tpot_mean < fetch.tpot_mean
+
+
+def test_nobody_computes_in_place_where_no_processor_is_declared() -> None:
+    with pytest.raises(UnderstudyError, match="in host memory, and nothing is said of"):
+        simulate(
+            [event(0, 0)], sizes=SIZES, slots=1, machine=MACHINE, minds=Minds(resolver="makespan")
+        )
+
+
 # ------------------------------------------------------------------------------------------ sweeps
 
 
