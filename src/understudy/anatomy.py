@@ -122,6 +122,10 @@ class Anatomy:
         """Bytes of the largest expert."""
         return max(layout.nbytes for layout in self.layouts.values())
 
+    def layout_of(self, layer: int) -> ExpertLayout:
+        """How the experts of a MoE layer lie: that of any of them, but for where."""
+        return next(found for expert, found in self.layouts.items() if expert.layer == layer)
+
     def dtype(self, asked: Dtype) -> torch.dtype:
         """The dtype of the computation; ``auto`` is the one the checkpoint names."""
         if isinstance(asked, torch.dtype):

@@ -94,8 +94,8 @@ class Minds:
 
 @dataclass(frozen=True)
 class Built:
-    """What a place makes of a plan, and the plan as it was carried out. ``notes``: what a person should be told; ``facts``: what
-    `Handle.policies` shows beside the names."""
+    """What a place makes of a plan, and the plan as it was carried out. ``notes``: what a person
+    should be told; ``facts``: what `Handle.policies` shows beside the names."""
 
     plan: planning.Plan
     runtime: Runtime
@@ -147,7 +147,7 @@ class OnHost:
             wanted=director.wanted,
             threads=o.io_threads,
         )
-        mlps, choices = _mlps(a, o, model)
+        mlps, choices = host_mlps(a, o.kernel, model)
         routers = guest.routers(model, a.modules)
         runtime = Runtime(
             director=director,
@@ -183,13 +183,12 @@ def make_director(
     )
 
 
-def _mlps(a: Anatomy, o: Options, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
-    """One per MoE layer, each with the kernel that its layout asks for."""
+def host_mlps(a: Anatomy, kernel: str, model: Any) -> tuple[list[ExpertMlp], list[kernels.Choice]]:
+    """One per MoE layer for the CPU, each with the kernel that its layout asks for."""
     mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
     choices = []
     for layer, mlp in enumerate(mlps):
-        layout = next(found for expert, found in a.layouts.items() if expert.layer == layer)
-        choice = kernels.choose(o.kernel, mlp, layout, model.dtype)
+        choice = kernels.choose(kernel, mlp, a.layout_of(layer), model.dtype)
         mlp.native_rows = choice.rows
         choices.append(choice)
     return mlps, choices

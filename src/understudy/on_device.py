@@ -23,19 +23,21 @@ from torch.nn import functional
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.anatomy import Anatomy, Options
-from understudy.assembly import Built, Minds, make_director
-from understudy.core import BudgetTooSmall, UnderstudyError
+from understudy.assembly import Built, Minds, host_mlps, make_director
+from understudy.core import BudgetTooSmall, Costs, UnderstudyError
 from understudy.experts.compute import ExpertMlp
-from understudy.experts.device import Device, DeviceFull
+from understudy.experts.device import Device, DeviceFull, ends
 from understudy.experts.device.compute import DeviceCompute, Kernel
 from understudy.experts.device.host import HostTier
 from understudy.experts.device.pinned import Slabs
 from understudy.experts.device.queue import DeviceQueue
 from understudy.experts.device.slab import Slab
 from understudy.experts.device.slots import DeviceSlots, slab_bytes
+from understudy.experts.kernels import Crowd
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import PAGE, Store, slot_bytes
+from understudy.policies.director import Director
 
 KERNELS = ("auto", "triton", "torch")
 
@@ -71,9 +73,8 @@ class OnDevice:
     @cached_property
     def slabs(self) -> list[Slab]:
         """One per MoE layer."""
-        layouts = {expert.layer: layout for expert, layout in self.a.layouts.items()}
         return [
-            Slab.of(layouts[layer], transposed=module.transposed)
+            Slab.of(self.a.layout_of(layer), transposed=module.transposed)
             for layer, module in enumerate(self.a.modules)
         ]
 
@@ -111,12 +112,14 @@ class OnDevice:
         )
         mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
         kernels = self._kernels(mlps, slots, model.dtype)
+        beside, costs = self._processor(director, model)
         runtime = Runtime(
             director=director,
-            compute=DeviceCompute(device, slots, host, mlps, kernels),
+            compute=DeviceCompute(device, slots, host, mlps, kernels, beside),
             transfer=queue,
             lock=lock,
             lookahead=Lookahead(guest.routers(model, a.modules), _products(), minds.foresight),
+            costs=costs,
         )
         facts = {
             "device": device.name,
@@ -190,6 +193,25 @@ class OnDevice:
     ) -> list[Kernel | None]:
         """Our kernel for each layer, where it applies and was not refused."""
         return [None] * len(mlps)
+
+    def _processor(self, director: Director, model: Any) -> tuple[list[ExpertMlp], Costs | None]:
+        """What computes misses in host memory, and how fast both ends are; nothing where the
+        resolver fetches them all."""
+        if not director.resolver.needs_device:
+            return [], None
+        beside, _ = host_mlps(self.a, "auto", model)
+        if any(mlp.norm is not None for mlp in beside):
+            raise UnderstudyError(
+                f"--resolver {self.o.resolver}: the experts of {self.a.name} end in a norm, which "
+                "is on the device; use --resolver fetch"
+            )
+        crowd = Crowd(beside[0], self.a.layout_of(0), model.dtype, cold_bytes=ends.CROWD_BYTES)
+        found = ends.both(self.device, crowd)
+        return beside, Costs(
+            link_bandwidth=found.link_beside,
+            host_bandwidth=found.host_beside,
+            host_further=found.host_further,
+        )
 
 
 def _products() -> Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]:

@@ -97,6 +97,10 @@ class Pretend:
             self.learn(self.compute.record().clock)
             return [tensor.tolist() for tensor in tensors]
 
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.fetch()
+        return tensor.clone()
+
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """Host memory is this device's memory."""
         return values.clone()

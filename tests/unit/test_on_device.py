@@ -98,6 +98,21 @@ def test_other_families_too(tmp_path: Path, pretend: Any, family: str) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("resolver", ["cpu-split", "makespan"])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_misses_computed_in_host_memory_round_elsewhere_and_no_more(
+    tiny: Any, pretend: Any, resolver: str, slots: int
+) -> None:
+    source = tiny("qwen3_moe", "float32")
+    resident, _ = answer(source, device="pretend")
+    for memory in ("1GiB", "200KiB"):  # all in host memory, or some on disk
+        found, counted = answer(
+            source, memory, device="pretend", slots=slots, resolver=resolver, predictor="none"
+        )
+        assert counted.computed_in_place > 0
+        torch.testing.assert_close(found, resident, atol=2e-5, rtol=1e-5)
+
+
 def test_experts_that_do_not_fit_host_memory_come_from_disk(tiny: Any, pretend: Any) -> None:
     source = tiny("qwen3_moe", "float32")
     resident, _ = answer(source, device="pretend")

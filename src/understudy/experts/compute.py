@@ -53,6 +53,9 @@ class Work(Protocol):
     def run(self, ready: Sequence[tuple[ExpertId, int]]) -> None:
         """Compute experts that are there, each in its slot."""
 
+    def run_in_place(self, experts: Sequence[ExpertId]) -> None:
+        """Compute experts that hold no slot where they lie; only with a device."""
+
     def skip(self, expert: int) -> None: ...
     def sum(self) -> torch.Tensor:
         """[T, H]: the weighted sum over ranks, in rank order, rounded once."""
@@ -365,3 +368,6 @@ class HostWork(Batch):
         weights = self._place.store.weights
         found = [(e.expert, weights(e, slot)) for e, slot in ready]
         self.compute_many(found, self._place.mlps[self._layer])
+
+    def run_in_place(self, experts: Sequence[ExpertId]) -> None:
+        raise AssertionError("host memory is where slots are: nothing can be computed beside them")

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,9 @@ class Runtime:
         transfer: Transfer,
         lock: threading.RLock,
         lookahead: Lookahead,
+        costs: Costs | None = None,
     ) -> None:
+        """``costs``: what was measured once for all; what changes is measured again and again."""
         self.director, self.compute, self.transfer = director, compute, transfer
         self.lookahead = lookahead
         self.recording: list[LayerEvent] | None = None
@@ -82,7 +84,7 @@ class Runtime:
         self.wants_scores = director.route.wants_scores
         self._lock = lock
         self._section = threading.Lock()
-        self._costs = Costs()  # measured anew once per forward
+        self._costs = costs or Costs()
         self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
         self._settled = False  # every expert is resident, and nobody ever leaves
 
@@ -151,7 +153,12 @@ class Runtime:
         phase = Phase.PREFILL if len(call.ids) > 1 else Phase.DECODE
         if call.layer == 0:
             meter = self.transfer.meter
-            self._costs = Costs(meter.bandwidth, meter.idle, self.transfer.queued)
+            self._costs = replace(
+                self._costs,
+                link_bandwidth=meter.bandwidth or self._costs.link_bandwidth,
+                link_idle=meter.idle,
+                queued=self.transfer.queued,
+            )
         event = LayerEvent(
             step=forward.step if forward else self._clock.steps,
             layer=call.layer,
@@ -207,7 +214,8 @@ class Runtime:
         interrupts: Deferred,
     ) -> None:  # fmt: skip
         """Compute hits while loads fly, then each load as it lands. A free link gets its guesses
-        before anything is computed, a busy one after the hits: asking takes time."""
+        before anything is computed, a busy one after the hits: asking takes time. What the
+        processor computes in host memory is computed when link and device have work."""
         asked = False
         while errand.todo:
             with self._lock:
@@ -216,6 +224,7 @@ class Runtime:
                 asked = True
                 self._look_ahead(call, event, plan, errand)
             if not ready:
+                self._in_place(errand, work)
                 with self._lock:
                     ready = errand.next_ready(interrupts)
             work.run(ready)
@@ -223,6 +232,15 @@ class Runtime:
                 errand.computed(ready)
         if not asked:
             self._look_ahead(call, event, plan, errand)
+        self._in_place(errand, work)
+
+    def _in_place(self, errand: _Errand, work: Work) -> None:
+        """What takes no slot. The device may be waiting for it: counted as stall."""
+        experts, errand.in_place = errand.in_place, ()
+        if experts:
+            started = time.perf_counter()
+            work.run_in_place(experts)
+            errand.stall_seconds += time.perf_counter() - started
 
     def _look_ahead(self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand) -> None:
         """Ask later routers, and offer what the minds make of it to the idle link. ``event`` is as
@@ -281,12 +299,14 @@ class _Errand:
     """One plan being carried out. Every method is called with the lock held.
 
     ``waiting``: loads whose victims cannot leave yet; ``todo``: experts not computed yet;
+    ``in_place``: the same, of those that take no slot;
     ``pinned``: experts that must stay until they are.
     """
 
     def __init__(self, director: Director, transfer: Transfer, plan: LayerPlan) -> None:
         self.director, self.transfer = director, transfer
         self.todo, self.waiting = list(plan.order), list(plan.loads)
+        self.in_place = plan.in_place
         self.loading = bool(plan.loads or plan.late)
         self.sweep = plan.event.phase is Phase.PREFILL
         self.prefetch: Sequence[Guess] | None = None

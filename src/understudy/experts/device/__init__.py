@@ -94,6 +94,9 @@ class Device(Protocol):
     def fetch(self, *tensors: torch.Tensor) -> list[Any]:
         """The tensors as plain lists, in one wait of the host."""
 
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory; the host waits for it."""
+
     def send(self, values: torch.Tensor) -> torch.Tensor:
         """A small tensor of the host, on the device in the order of the compute stream. The host
         does not wait."""

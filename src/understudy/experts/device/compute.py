@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from understudy.core import ExpertId
-from understudy.experts.compute import ExpertMlp, Work, bucket
+from understudy.experts.compute import Batch, ExpertMlp, Work, bucket
 from understudy.experts.device import Device
 from understudy.experts.device.host import HostTier
 from understudy.experts.device.slots import DeviceSlots
@@ -39,10 +39,11 @@ class DeviceCompute:
 
     def __init__(
         self, device: Device, slots: DeviceSlots, host: HostTier, mlps: Sequence[ExpertMlp],
-        kernels: Sequence[Kernel | None],
+        kernels: Sequence[Kernel | None], host_mlps: Sequence[ExpertMlp] = (),
     ) -> None:  # fmt: skip
+        """``host_mlps``: what computes in host memory, where a policy asks for that."""
         self.device, self.slots, self.host = device, slots, host
-        self.mlps, self.kernels = mlps, kernels
+        self.mlps, self.kernels, self.host_mlps = mlps, kernels, host_mlps
 
     def begin(
         self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
@@ -51,23 +52,50 @@ class DeviceCompute:
         kernel = self.kernels[layer]
         if kernel is None:
             return TorchWork(self, layer, x, ids, weights)
-        return KernelWork(self, kernel, x, ids, weights, keep)
+        return KernelWork(self, kernel, layer, x, ids, weights, keep)
 
     def close(self) -> None:
         """The host tier is closed by the queue, after its last copy."""
         self.slots.close()
 
 
-class KernelWork:
+class _InPlace:
+    """Misses computed by the processor in host memory, while the device does the rest: only rows
+    of activations cross the link."""
+
+    x: torch.Tensor
+    ids: Sequence[Sequence[int]]
+    _place: DeviceCompute
+    _layer: int
+
+    def _in_place(self, experts: Sequence[ExpertId]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token, rank) pairs, and what these experts make of them [pairs, H], on the device."""
+        place, slab = self._place, self._place.slots.slabs[self._layer]
+        batch = Batch(place.device.bring(self.x), self.ids, torch.empty(0))
+        for expert in experts:
+            if expert not in place.host:
+                place.host.fill([expert], lambda count: None)
+            batch.compute(
+                expert.expert, place.host_mlps[self._layer], slab.views(place.host.take(expert))
+            )
+        wanted = {e.expert for e in experts}
+        pairs = [i for i, e in enumerate(e for row in self.ids for e in row) if e in wanted]
+        return (
+            place.device.send(torch.tensor(pairs)),
+            place.device.send(batch.out[pairs]),
+        )
+
+
+class KernelWork(_InPlace):
     """One event by our kernels. All experts ready at once (the usual case): one fused call."""
 
     def __init__(
-        self, place: DeviceCompute, kernel: Kernel, x: torch.Tensor,
+        self, place: DeviceCompute, kernel: Kernel, layer: int, x: torch.Tensor,
         ids: Sequence[Sequence[int]], weights: torch.Tensor, keep: bool,
     ) -> None:  # fmt: skip
         self.x, self.ids, self.weights = x.contiguous(), ids, weights
         self.tokens, self.k = len(ids), len(ids[0])
-        self._place, self._kernel, self._keep = place, kernel, keep
+        self._place, self._layer, self._kernel, self._keep = place, layer, kernel, keep
         self._todo = {e for row in ids for e in row}
         self._out: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
@@ -95,6 +123,11 @@ class KernelWork:
             else:
                 self._kernel.many(self.x, slots, self.out)
 
+    def run_in_place(self, experts: Sequence[ExpertId]) -> None:
+        self._todo -= {e.expert for e in experts}
+        pairs, rows = self._in_place(experts)
+        self.out.view(-1, self.x.shape[1])[pairs] = rows
+
     def _slots(self, where: dict[int, int]) -> torch.Tensor:
         rows = [[where.get(e, -1) for e in row] for row in self.ids]
         return self._place.device.send(torch.tensor(rows, dtype=torch.int32))
@@ -108,14 +141,14 @@ class KernelWork:
         return self._kernel.sum(self.out, self.weights)
 
 
-class TorchWork:
+class TorchWork(_InPlace):
     """One event by torch, one expert per call."""
 
     def __init__(
         self, place: DeviceCompute, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]],
         weights: torch.Tensor,
     ) -> None:  # fmt: skip
-        self.x, self.weights = x.contiguous(), weights
+        self.x, self.ids, self.weights = x.contiguous(), ids, weights
         self.tokens, self.k = len(ids), len(ids[0])
         self.out = x.new_zeros(self.tokens * self.k, x.shape[1])
         self._place, self._layer = place, layer
@@ -134,6 +167,10 @@ class TorchWork:
                 rows = self.x.new_zeros(bucket(len(pairs)), self.x.shape[1])
                 torch.index_select(self.x, 0, pairs // self.k, out=rows[: len(pairs)])
                 self.out[pairs] = mlp(rows, slots.weights(expert, slot))[: len(pairs)]
+
+    def run_in_place(self, experts: Sequence[ExpertId]) -> None:
+        pairs, rows = self._in_place(experts)
+        self.out[pairs] = rows
 
     def skip(self, expert: int) -> None:
         """Its rows stay zero."""

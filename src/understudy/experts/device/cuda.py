@@ -163,11 +163,19 @@ class Cuda:
 
     def fetch(self, *tensors: torch.Tensor) -> list[Any]:
         """Through pinned memory: a read into pageable memory is staged, and waits twice."""
-        found = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-        for host, tensor in zip(found, tensors, strict=True):
-            host.copy_(tensor, non_blocking=True)
+        found = [self._start(tensor) for tensor in tensors]
         self.compute.record().synchronize()
         return [host.tolist() for host in found]
+
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = self._start(tensor)
+        self.compute.record().synchronize()
+        return host
+
+    @staticmethod
+    def _start(tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
         # torch keeps pinned memory from being given to others until the copy out of it is over.

@@ -11,7 +11,7 @@ used one gives way, unless a copy out of it is still under way.
 from __future__ import annotations
 
 import queue
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,17 +87,19 @@ class HostTier:
             self._free.append(self._where.pop(expert))
 
     def fill(self, experts: Iterable[ExpertId], say: Callable[[int], None]) -> None:
-        """Read these and wait; ``say`` how many are here. Raises what the first failure raised."""
+        """Read these and wait; ``say`` how many are here. Nobody else may wait for a read. Raises
+        what the first failure raised."""
         landed: queue.SimpleQueue[tuple[ExpertId, BaseException | None]] = queue.SimpleQueue()
-        wanted = [e for e in experts if e not in self]
-        assert len(wanted) <= len(self._free), "more experts than free slabs"
-        for expert in wanted:
-            self.request(expert, lambda e, error: landed.put((e, error)))
-        failure = None
-        for count in range(1, len(wanted) + 1):
+        wanted = deque(e for e in experts if e not in self)
+        under_way = count = 0
+        failure: BaseException | None = None
+        while wanted or under_way:
+            while wanted and self.has_room:
+                self.request(wanted.popleft(), lambda e, error: landed.put((e, error)))
+                under_way += 1
             expert, error = landed.get()
             self.arrived(expert, error)
-            failure = failure or error
+            failure, count, under_way = failure or error, count + 1, under_way - 1
             say(count)
         if failure is not None:
             raise failure
