@@ -78,9 +78,8 @@ class Machine:
 
     def start(self) -> Slow:
         self.driven.adopt({}, range(SLOTS))
-        book = self.driven.ledger
-        rows = zip(book.pool.tolist(), book.size.tolist(), strict=True)
-        return Slow([row[:n] for row, n in rows], NBYTES)
+        pools, sizes = self.device.fetch(self.driven.ledger.pool, self.driven.ledger.size)
+        return Slow([row[:n] for row, n in zip(pools, sizes, strict=True)], NBYTES)
 
     def roll(self, dice: random.Random) -> None:
         """New inputs at the old addresses."""

@@ -83,13 +83,14 @@ class Driven:
 
         self._kernels, self.device, self._experts = decide, device, experts
         self.ledger = Ledger(device, addresses, slots)
-        self.k, self.tokens, self.nbytes = k, tokens, nbytes
+        self.tokens, self.nbytes = tokens, nbytes
         self._arena, self._slot_bytes = arena.view(torch.int32), slot_bytes
         self._foresee = foresee if most else None
         self._most = min(most, MOST_PAIRS)
         self._reach = reach or Reach()
         self._slots = device.allocate(tokens * k * 4).view(torch.int32)
-        self._side = device.stream()
+        # Urgent: its few programs mostly wait for the link, and should not wait for experts too.
+        self._side = device.stream(urgent=True)
         self._coming: Event | None = None  # the end of the speculation that nobody has joined yet
         self._foreseen: tuple[torch.Tensor, ...] = ()  # kept alive until then
         self._check = os.environ.get(CHECK) == "1"

@@ -22,8 +22,8 @@ CLOSE = 0.98  # of the best bandwidth is as good as the best
 @dataclass(frozen=True, slots=True)
 class Reach:
     """``programs`` share the work; each has ``lines`` of 16 bytes under way, spread over ``warps``
-    of 32 lanes. The defaults keep 384 KiB under way, some times what a PCIe 5 link of 16 lanes
-    needs for a round trip of two microseconds; `rates` says what is true here."""
+    of 32 lanes. The defaults are a guess: 384 KiB under way fill a link of 60 GB/s while a round
+    trip takes no more than six microseconds. `rates` says what is true here."""
 
     programs: int = 48
     lines: int = 512
