@@ -349,6 +349,9 @@ class Counters:
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))
 
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def __sub__(self, earlier: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 

@@ -105,6 +105,7 @@ def test_misses_computed_in_host_memory_round_elsewhere_and_no_more(
 ) -> None:
     source = tiny("qwen3_moe", "float32")
     resident, _ = answer(source, device="pretend")
+    pretend(bandwidth=1e5)  # a link that is slower than this processor
     for memory in ("1GiB", "200KiB"):  # all in host memory, or some on disk
         found, counted = answer(
             source, memory, device="pretend", slots=slots, resolver=resolver, predictor="none"

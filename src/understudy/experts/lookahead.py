@@ -69,6 +69,17 @@ class Lookahead:
                         shortcut.compare(later, args[0], answer[0][0])
         return answers
 
+    def next_ids(self, forward: Forward | None, layer: int) -> torch.Tensor | None:
+        """[T, k] where the model is, largest weight first: what the router of the next layer says
+        about the current one's input. The host waits for nothing. ``None``: not available."""
+        later = layer + 1
+        if forward is None or layer not in forward.router_args or later in self.unavailable:
+            return None
+        args, kwargs = forward.router_args[layer]
+        router = self.routers[later]
+        assert router is not None
+        return _choice(router.forward(*args, **kwargs))[0]
+
     def _foresee(
         self, foresight: Foresight, forward: Forward, event: LayerEvent, asked: Sequence[int]
     ) -> dict[int, Scored]:

@@ -83,7 +83,8 @@ class Runtime:
         self.watch: Callable[[Seen], None] | None = None
         self.wants_scores = director.route.wants_scores
         self._lock = lock
-        self._section = threading.Lock()
+        self.section = threading.Lock()  # one event at a time
+        self.claim: Callable[[], None] | None = None  # gets the slots back from whoever has them
         self._costs = costs or Costs()
         self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
         self._settled = False  # every expert is resident, and nobody ever leaves
@@ -125,8 +126,10 @@ class Runtime:
             _NOTHING if self._settled else Deferred()
         )
         quiet = torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-        with quiet, deferred as interrupts, self._section:
+        with quiet, deferred as interrupts, self.section:
             self.transfer.require_open()
+            if self.claim is not None:
+                self.claim()
             forward = current_forward.get()
             rows = _real_rows(forward, len(hidden))
             if rows is None:
@@ -279,7 +282,7 @@ class Runtime:
         """Stop reading and give the memory back. Later calls of the model fail, and so does one
         that waits for an expert in another thread; one that computes finishes its event first."""
         self.transfer.close()
-        with self._section:
+        with self.section:
             self.compute.close()
 
 

@@ -234,6 +234,22 @@ class Director:
         self.book.launch(load.expert)
         self.book.land(load.expert)
 
+    def residents(self) -> dict[ExpertId, int]:
+        """Who is in which slot, whoever would leave first coming first. Nobody may be on the way or
+        pinned: this is for handing the slots to somebody else."""
+        leaving = [] if self.ample else list(self.evictor.victims(0, len(self.book)))
+        order = dict.fromkeys([*(e for e in leaving if e in self.book), *self.book])
+        return {expert: self.book[expert].index for expert in order}
+
+    def take_over(self, residents: Sequence[tuple[ExpertId, int]]) -> None:
+        """Somebody else had the slots and leaves these in them, least recently used first."""
+        for expert in list(self.book):
+            self.book.evict(expert)
+            self.evictor.remove(expert)
+        for expert, slot in residents:
+            self.book.seat(expert, slot)
+            self.evictor.admit(expert, speculative=False)
+
     def _evict(self, victim: ExpertId) -> None:
         slot = self.book.evict(victim)
         self.evictor.remove(victim)

@@ -92,6 +92,15 @@ class Residency:
         self._where[expert] = slot
         return slot
 
+    def seat(self, expert: ExpertId, index: int) -> None:
+        """FREE -> READY in this very slot: somebody else has brought it there."""
+        if expert in self._where or index not in self._free:
+            raise BookError(f"{expert} cannot take slot {index}: {self.slots[index]}")
+        self._free.remove(index)
+        slot = self.slots[index]
+        slot.state, slot.expert = State.READY, expert
+        self._where[expert] = slot
+
     def launch(self, expert: ExpertId) -> None:
         """RESERVED -> IN_FLIGHT: its first byte was asked for."""
         self._step(expert, State.RESERVED, State.IN_FLIGHT)

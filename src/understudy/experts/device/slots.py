@@ -15,7 +15,7 @@ that was asked for.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -89,9 +89,16 @@ class DeviceSlots:
         for _, slot in ready:
             self._read[slot] = done
 
-    def holders(self) -> Mapping[int, ExpertId]:
-        """Slot -> the expert whose bytes were last asked into it."""
-        return self._holds
+    def settle(self) -> None:
+        """The compute stream waits for every copy that is under way."""
+        for landed in self._arriving.values():
+            self.device.compute.wait(landed)
+        self._arriving.clear()
+
+    def seated(self, residents: Sequence[tuple[ExpertId, int]]) -> None:
+        """Others have filled the slots with these; the host has waited for it."""
+        self._holds = {slot: expert for expert, slot in residents}
+        self._read.clear()
 
     def close(self) -> None:
         self._weights.clear()
