@@ -6,9 +6,9 @@ Knows: every room below. Does not know: budgets and how they are divided (`plan`
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from understudy import frame
 from understudy import model as guest
 from understudy import plan as planning
 from understudy.anatomy import Anatomy, Options, expert_parameters, fingerprint
-from understudy.core import ExpertId, UnderstudyError
+from understudy.core import Counters, ExpertId, UnderstudyError
 from understudy.experts import foresight, kernels
 from understudy.experts.compute import ExpertMlp, HostCompute
 from understudy.experts.lookahead import Lookahead
@@ -92,7 +92,17 @@ class Minds:
         return cls(route, seen)
 
 
-@dataclass(frozen=True)
+class Others(Protocol):
+    """Whoever else decides about slots beside the runtime, and counts what it does."""
+
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def now(self) -> str:
+        """Whose turn it is, for people."""
+
+
+@dataclass
 class Built:
     """What a place makes of a plan, and the plan as it was carried out. ``notes``: what a person
     should be told; ``facts``: what `Handle.policies` shows beside the names."""
@@ -100,8 +110,15 @@ class Built:
     plan: planning.Plan
     runtime: Runtime
     store: Store
-    notes: Sequence[str]
-    facts: Mapping[str, Any]
+    notes: list[str]
+    facts: dict[str, Any]
+    others: Others | None = None
+
+    @property
+    def counters(self) -> Counters:
+        """Everything counted since the load."""
+        own = self.runtime.counters
+        return own if self.others is None else own + self.others.counters
 
 
 class OnHost:
@@ -131,6 +148,9 @@ class OnHost:
             return plan
         layers = len(self.a.modules)
         return plan.expecting(planning.expected_tokens_per_second(plan, layers, top_k, bandwidth))
+
+    def finish(self, model: Any, built: Built, minds: Minds) -> None:
+        """The model is attached; nothing is left to do."""
 
     def build(
         self, plan: planning.Plan, model: Any, minds: Minds, say: Callable[[str], None]

@@ -7,7 +7,8 @@ together (`loading`), terminals, HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,15 @@ class Engine:
             settings["logits_processor"] = [_Dictation(len(ids), dictated)]
         listener = _Listener(self.tokenizer, on_text, stop, self.model.understudy)
         before = self.model.understudy.counters
-        with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode(), guest.quiet():
+        with (
+            torch.random.fork_rng(enabled=seed is not None),
+            torch.inference_mode(),
+            guest.quiet(),
+            self._cache() as cache,
+        ):
             if seed is not None:
                 torch.manual_seed(seed)
+            settings |= cache
             batch = torch.tensor([ids], device=self.model.device)
             out = self.model.generate(
                 batch, attention_mask=torch.ones_like(batch), streamer=listener, **settings
@@ -150,6 +157,14 @@ class Engine:
             decode_counters=after - (listener.after_first or after),
             logits=[step[0] for step in out.logits] if keep_logits else None,
         )
+
+    @contextmanager
+    def _cache(self) -> Iterator[dict[str, Any]]:
+        """The KV cache of the captured step, where there is one and no other request has it."""
+        step = self.model._captured
+        with nullcontext() if step is None else step.lend() as kept:
+            # generate would have torch compile whatever has a static cache.
+            yield {} if kept is None else {"past_key_values": kept, "disable_compile": True}
 
     def _check_length(self, prompt: int, new: int) -> None:
         if prompt == 0:

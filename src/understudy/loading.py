@@ -39,7 +39,7 @@ class Handle:
     @property
     def counters(self) -> Counters:
         """Everything counted since the load; subtract two snapshots."""
-        return self.runtime.counters
+        return self.built.counters
 
     @property
     def policies(self) -> dict[str, Any]:
@@ -53,6 +53,7 @@ class Handle:
             "route": o.route,
             "resolver": o.resolver,
             **self.built.facts,
+            **({} if self.built.others is None else {"decode": self.built.others.now}),
             "speculating": self.runtime.director.switch.on,
             "lookahead_unavailable": {**look.unforeseen, **look.unavailable},
             "direct_io": self.built.store.disk.direct,
@@ -117,6 +118,7 @@ def load(
     built = place.build(plan, model, minds, say)
     guest.attach(model, built.runtime, anatomy.modules, residuals=minds.needs_residual)
     model.understudy = Handle(built, chosen, anatomy)
+    place.finish(model, built, minds)
     for note in (*_given_up(asked, chosen, built), *built.notes):
         say(note)
     if getattr(model, "generation_config", None) is not None and model.can_generate():

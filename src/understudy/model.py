@@ -28,6 +28,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import logging as transformers_logging
 
 from understudy.checkpoint import ExpertsModule
@@ -53,6 +54,13 @@ class Seam(Protocol):
     ) -> torch.Tensor: ...
     def begin(self, forward: Forward) -> None: ...
     def end(self, forward: Forward) -> None: ...
+
+
+class Captured(Protocol):
+    """What may stand before a guest's forward. `understudy.captured.Step` is one."""
+
+    def applies(self, kwargs: Mapping[str, Any]) -> bool: ...
+    def __call__(self, kwargs: Mapping[str, Any]) -> Any: ...
 
 
 # ------------------------------------------------------------------------------- the skeleton
@@ -278,15 +286,31 @@ class Lodger:
 
     understudy: Any
     _announce: Callable[[Any, Any], AbstractContextManager[None]] | None = None
+    _captured: Captured | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass. Not by hooks: torch leaves them out after a KeyboardInterrupt or the end
         of a fiber, and the next forward would believe to be inside this one."""
         if self._announce is None:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return self._run(args, kwargs)
         self._check_context(kwargs)
         with self._announce(args, kwargs):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        step = self._captured
+        if step is not None and not args and step.applies(kwargs):
+            return step(kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """What `generate` prepares before every forward, and the cache of a captured step does
+        without: the forward makes them, on the device."""
+        unpadded = kwargs["attention_mask"] is None and kwargs["inputs_embeds"].shape[1] == 1
+        if unpadded and getattr(kwargs["past_key_values"], "makes_masks", False):
+            return None
+        theirs = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return theirs(**kwargs)
 
     def _check_context(self, kwargs: Mapping[str, Any]) -> None:
         """The KV cache is part of the budget: it may not outgrow what was planned for."""
@@ -294,7 +318,10 @@ class Lodger:
         tokens = kwargs.get("input_ids")
         if tokens is None or not hasattr(cache, "get_seq_length"):
             return
-        asked, planned = cache.get_seq_length() + tokens.shape[-1], self.understudy.plan.context
+        held = getattr(cache, "tokens", None)  # of a captured step: asking the device takes time
+        if held is None:
+            held = cache.get_seq_length()
+        asked, planned = held + tokens.shape[-1], self.understudy.plan.context
         if asked > planned:
             raise ContextTooLong(
                 f"{asked} tokens exceed the context of {planned} that memory was planned for; "

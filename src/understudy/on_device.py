@@ -24,20 +24,24 @@ from understudy import model as guest
 from understudy import plan as planning
 from understudy.anatomy import Anatomy, Options
 from understudy.assembly import Built, Minds, host_mlps, make_director
-from understudy.core import BudgetTooSmall, Costs, UnderstudyError
+from understudy.captured import NotCaptured, Step
+from understudy.core import BudgetTooSmall, Costs, ExpertId, UnderstudyError, current_forward
 from understudy.experts.compute import ExpertMlp
 from understudy.experts.device import Device, DeviceFull, ends
 from understudy.experts.device.compute import DeviceCompute, Kernel
+from understudy.experts.device.driven import Driven
 from understudy.experts.device.host import HostTier
 from understudy.experts.device.pinned import Slabs
-from understudy.experts.device.queue import DeviceQueue
+from understudy.experts.device.queue import SPECULATION, DeviceQueue
 from understudy.experts.device.slab import Slab
 from understudy.experts.device.slots import DeviceSlots, slab_bytes
+from understudy.experts.device.swiglu import FEW, Swiglu, why_not
 from understudy.experts.kernels import Crowd
 from understudy.experts.lookahead import Lookahead
 from understudy.experts.runtime import Runtime
 from understudy.experts.store import PAGE, Store, slot_bytes
 from understudy.policies.director import Director
+from understudy.turns import DEVICE, HOST, Rows, Turns
 
 KERNELS = ("auto", "triton", "torch")
 
@@ -99,7 +103,7 @@ class OnDevice:
         if minds.foresight is not None:
             minds.foresight.to(device.torch_device)
         slots, plan, notes = self._slots(plan)
-        host, told = self._host(say)
+        host = self._host(say, notes)
         director = make_director(a, o, plan, minds, lambda e: self.slabs[e.layer].nbytes)
         queue = DeviceQueue(
             director.book,
@@ -111,7 +115,7 @@ class OnDevice:
             forget=director.forget,
         )
         mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
-        kernels = self._kernels(mlps, slots, model.dtype)
+        kernels = self._kernels(mlps, slots, model.dtype, notes)
         beside, costs = self._processor(director, model)
         runtime = Runtime(
             director=director,
@@ -125,9 +129,85 @@ class OnDevice:
             "device": device.name,
             "kernel": "triton" if all(kernels) else "torch",
             "frame": "eager",
+            "decode": HOST,
             "host_experts": f"{min(host.memory.slots, len(a.layouts))} of {len(a.layouts)}",
         }
-        return Built(plan, runtime, host.store, [*notes, *told], facts)
+        return Built(plan, runtime, host.store, notes, facts)
+
+    # ------------------------------------------------------------------------- the decode step
+
+    def finish(self, model: Any, built: Built, minds: Minds) -> None:
+        """The model is attached: record its decode step, where that is possible."""
+        if self.o.frame == "eager" or minds.needs_residual:
+            self._only_host(built, "the frame is eager")
+            return
+        try:
+            step = Step.record(model, self.device, built.runtime, built.plan.context)
+        except NotCaptured as e:
+            built.notes.append(f"note: decode steps are not recorded, and slower: {e}")
+            self._only_host(built, "decode steps are not recorded")
+            return
+        model._captured = step
+        built.facts["frame"] = "recorded"
+        why = self._why_not_driven(built)
+        if why is None and self.o.decode != HOST:
+            try:
+                model._captured = turns = self._turns(model, built, step)
+            except (NotCaptured, BudgetTooSmall) as e:
+                why = str(e)
+            else:
+                built.others = turns
+        if why is not None:
+            self._only_host(built, why)
+
+    def _only_host(self, built: Built, why: str) -> None:
+        if self.o.decode == DEVICE:
+            built.runtime.close()
+            raise UnderstudyError(f"--decode device is not possible: {why}; use --decode host")
+
+    def _why_not_driven(self, built: Built) -> str | None:
+        """Why the device cannot decide by itself; ``None`` where it can."""
+        o, compute, plain = self.o, built.runtime.compute, Options()
+        assert isinstance(compute, DeviceCompute)
+        memory = compute.host.memory
+        if not all(compute.kernels):
+            return "it needs the triton kernels"
+        if not compute.host.holds_all or memory.pinned_slots < memory.slots:
+            return "it needs all experts in pinned host memory"
+        if len({slab.nbytes for slab in self.slabs}) > 1:
+            return "the experts of the layers differ in size"
+        if len({module.num_experts for module in self.a.modules}) > 1:
+            return "the layers differ in the number of their experts"
+        if (o.route, o.resolver) != (plain.route, plain.resolver):
+            return "routes and resolvers are the host's"
+        if o.decode == "auto" and o.evictor != plain.evictor:
+            return "who leaves was asked for, and the device has a rule of its own"
+        return None
+
+    def _turns(self, model: Any, built: Built, by_host: Step) -> Turns:
+        compute, runtime = built.runtime.compute, built.runtime
+        assert isinstance(compute, DeviceCompute)
+        modules, nbytes = self.a.modules, self.slabs[0].nbytes
+        addresses = [
+            [compute.host.address(ExpertId(layer, e)) for e in range(module.num_experts)]
+            for layer, module in enumerate(modules)
+        ]
+        ahead = runtime.director.predictor.lookahead > 0
+        driven = Driven(
+            self.device,
+            [kernel for kernel in compute.kernels if kernel is not None],
+            compute.slots.arena,
+            compute.slots.slot_bytes,
+            torch.tensor(addresses),
+            nbytes,
+            k=guest.experts_per_token(self.a.checkpoint.config),
+            foresee=_Foreseen(runtime.lookahead) if ahead else None,
+            most=SPECULATION // nbytes,
+        )
+        driven.adopt({}, range(built.plan.slots))
+        seam = Rows(driven)
+        by_device = Step.record(model, self.device, seam, built.plan.context, cache=by_host.cache)
+        return Turns(runtime, compute.slots, driven, by_host, by_device, self.o.decode)
 
     # ------------------------------------------------------------------------------- the memories
 
@@ -150,7 +230,7 @@ class OnDevice:
             note.append(f"note: the device is fuller than planned: {plan.slots} experts resident")
         return slots, plan, note
 
-    def _host(self, say: Callable[[str], None]) -> tuple[HostTier, list[str]]:
+    def _host(self, say: Callable[[str], None], notes: list[str]) -> HostTier:
         """Slabs for all experts, or for as many as `--memory` pays for."""
         a, o, each = self.a, self.o, -(-self.slot_bytes // PAGE) * PAGE
         staging = o.io_threads * slot_bytes(a.layouts)
@@ -166,7 +246,8 @@ class OnDevice:
         store = Store(a.checkpoint.files, a.layouts, o.io_threads, direct=o.direct_io)
         memory = Slabs(self.device, count, each)
         host = HostTier(store, self.slabs, memory, o.io_threads)
-        notes = [] if memory.note is None else [memory.note]
+        if memory.note is not None:
+            notes.append(f"note: {memory.note}")
         if host.holds_all:
             self._fill(host, say)
         else:
@@ -174,7 +255,7 @@ class OnDevice:
                 f"note: host memory holds {count} of {len(a.layouts)} experts; the rest is read "
                 "from disk when it is needed; a larger --memory avoids that"
             )
-        return host, notes
+        return host
 
     def _fill(self, host: HostTier, say: Callable[[str], None]) -> None:
         experts = sorted(self.a.layouts, key=lambda e: self.a.layouts[e].reads[0])
@@ -189,10 +270,29 @@ class OnDevice:
     # -------------------------------------------------------------------------------- the computing
 
     def _kernels(
-        self, mlps: Sequence[ExpertMlp], slots: DeviceSlots, dtype: torch.dtype
+        self, mlps: Sequence[ExpertMlp], slots: DeviceSlots, dtype: torch.dtype, notes: list[str]
     ) -> list[Kernel | None]:
-        """Our kernel for each layer, where it applies and was not refused."""
+        """Our kernel for each layer, or for none where it does not apply to all."""
+        why = self._why_not_triton(mlps, dtype)
+        if why is None:
+            pairs = FEW * max(1, guest.experts_per_token(self.a.checkpoint.config))
+            format, arena, size = self.a.checkpoint.format, slots.arena, slots.slot_bytes
+            return [
+                Swiglu(self.device, slab, format, dtype, arena, size, pairs) for slab in self.slabs
+            ]
+        if self.o.kernel == "triton":
+            raise UnderstudyError(f"--kernel triton is not possible: {why}; use --kernel torch")
+        if self.o.kernel == "auto":
+            notes.append(f"note: torch computes, one expert at a time: {why}")
         return [None] * len(mlps)
+
+    def _why_not_triton(self, mlps: Sequence[ExpertMlp], dtype: torch.dtype) -> str | None:
+        if self.o.kernel == "torch":
+            return "torch was asked for"
+        if not all(mlp.swiglu for mlp in mlps):
+            return "the experts are not SwiGLU"
+        reasons = (why_not(slab, self.a.checkpoint.format, dtype) for slab in self.slabs)
+        return next((why for why in reasons if why is not None), None)
 
     def _processor(self, director: Director, model: Any) -> tuple[list[ExpertMlp], Costs | None]:
         """What computes misses in host memory, and how fast both ends are; nothing where the
@@ -212,6 +312,19 @@ class OnDevice:
             host_bandwidth=found.host_beside,
             host_further=found.host_further,
         )
+
+
+class _Foreseen:
+    """What the next layer's router says, for a device that decides alone."""
+
+    def __init__(self, lookahead: Lookahead) -> None:
+        self._lookahead = lookahead
+        self._asked: Any = None  # another stream reads it until the next layer is called
+
+    def __call__(self, layer: int) -> torch.Tensor | None:
+        forward = current_forward.get()
+        self._asked = forward and forward.router_args.get(layer)
+        return self._lookahead.next_ids(forward, layer)
 
 
 def _products() -> Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]:

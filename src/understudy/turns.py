@@ -82,8 +82,8 @@ class Rows:
     ) -> torch.Tensor:
         if len(hidden) == 1:
             return self._driven(layer, hidden, ids, weights)
-        rows = zip(hidden.split(1), ids.split(1), weights.split(1), strict=True)
-        return torch.cat([self._driven(layer, *row) for row in rows])
+        rows = [slice(t, t + 1) for t in range(len(hidden))]
+        return torch.cat([self._driven(layer, hidden[t], ids[t], weights[t]) for t in rows])
 
     def begin(self, forward: Forward) -> None: ...
     def end(self, forward: Forward) -> None: ...
@@ -128,6 +128,10 @@ class Turns:
         found = self.driven.counters()
         found.tokens = self.steps[DEVICE].steps
         return found
+
+    @property
+    def now(self) -> str:
+        return self.choice.chosen or "host and device in turns, until one is known to be faster"
 
     def _to_device(self) -> None:
         if self._on_device:

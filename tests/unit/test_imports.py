@@ -29,7 +29,7 @@ FLOORS: list[list[set[str]]] = [
         {"texts"},
         {"intervals"},
     ],
-    [{"experts"}, {"model", "families", "frame"}, {"dense"}],
+    [{"experts"}, {"model", "families", "frame", "captured"}, {"dense"}],
     [{"simulate"}, {"plan"}, {"summary"}],
     [{"engine", "loading", "assembly", "anatomy", "evaluate", "packing", "learn"}],
     [

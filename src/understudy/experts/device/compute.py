@@ -21,8 +21,7 @@ from understudy.experts.compute import Batch, ExpertMlp, Work, bucket
 from understudy.experts.device import Device
 from understudy.experts.device.host import HostTier
 from understudy.experts.device.slots import DeviceSlots
-
-FEW = 8  # tokens up to which all (token, rank) pairs are products of one row each
+from understudy.experts.device.swiglu import FEW
 
 
 class Kernel(Protocol):

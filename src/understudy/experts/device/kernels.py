@@ -23,7 +23,6 @@ allows, and divisions cost nothing. ``SLOT``: bytes from slot to slot. Of each m
 ``GROUP``, weights that share a scale in int4.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
-# ruff: noqa: N803
 
 from __future__ import annotations
 

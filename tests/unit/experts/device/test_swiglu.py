@@ -56,7 +56,14 @@ class Experts:
         for slot, weights in zip(arena.view(count, -1), packed, strict=True):
             self.slab.pack({n: (w,) for n, w in weights.items()}, slot)
         self.kernel = Swiglu(
-            Here(), self.slab, format, dtype, arena, slot_bytes, pairs, **how  # type: ignore[arg-type]
+            Here(),
+            self.slab,
+            format,
+            dtype,
+            arena,
+            slot_bytes,
+            pairs,
+            **how,  # type: ignore[arg-type]
         )
 
     def _packed(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
