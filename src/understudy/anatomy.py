@@ -60,7 +60,8 @@ class Options:
     decode: str = "auto"  # who fetches between tokens: the host, the device; auto: measured
 
     def __post_init__(self) -> None:
-        kernels.parse(self.kernel)
+        if self.device == "cpu":
+            kernels.parse(self.kernel)
         if self.frame not in ("auto", "compiled", "eager"):
             raise UnderstudyError(f"unknown frame {self.frame!r}; use auto, compiled or eager")
         if self.decode not in DECODES:

@@ -78,7 +78,7 @@ class EngineOptions:
         str,
         option(
             "--kernel",
-            help="For few tokens: auto (measured), torch, native or native:N.",
+            help="For few tokens: auto (measured), torch, native or native:N; on a device: triton.",
             metavar="NAME",
         ),
     ] = "auto"

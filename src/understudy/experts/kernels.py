@@ -59,6 +59,8 @@ def parse(asked: str) -> int | None:
         return 0
     if name == "native" and (not number or (number.isdigit() and int(number) > 0)):
         return int(number) if number else NATIVE_ROWS
+    if asked == "triton":
+        raise UnderstudyError("--kernel triton is of accelerators; add --device cuda")
     raise UnderstudyError(f"unknown kernel {asked!r}; use auto, torch, native or native:8")
 
 
