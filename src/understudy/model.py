@@ -430,7 +430,7 @@ def attach(
     for layer, router in enumerate(routers(model, experts)):
         if router is not None:
             router.register_forward_pre_hook(_capture(layer), with_kwargs=True)
-    model._announce = _announcer(seam)
+    model._announce = announcer(seam)
 
 
 def _capture(layer: int) -> Callable[..., None]:
@@ -478,7 +478,7 @@ def _capture_residual(layer: int, calls: list[Any]) -> Callable[..., None]:
     return hook
 
 
-def _announcer(seam: Seam) -> Callable[[Any, Any], AbstractContextManager[None]]:
+def announcer(seam: Seam) -> Callable[[Any, Any], AbstractContextManager[None]]:
     """Around every forward: `current_forward` is set, and the seam told of its begin and end."""
     steps = iter(range(1 << 62))
 

@@ -81,7 +81,8 @@ class CudaGraph:
     def __init__(self, shares: CudaGraph | None) -> None:
         self.graph = torch.cuda.CUDAGraph()
         self._pool = None if shares is None else shares.graph.pool()
-        self._stream = torch.cuda.Stream()
+        # torch gives memory of a pool only to the stream that had it before.
+        self._stream: torch.cuda.Stream = torch.cuda.Stream() if shares is None else shares._stream
         self._inside: Any = None
 
     def begin(self) -> None:
