@@ -240,14 +240,15 @@ def _rehearsal(model: Any, seam: Any) -> Iterator[Callable[[Any], None]]:
         for guest in guests(model):
             guest.seam = experts
 
-    announce = model._announce
-    if not _capturable(seam):
-        model._announce = announcer(_StandIn())
+    before = [(guest, guest.seam) for guest in guests(model)]
+    announce, captured = model._announce, model._captured
+    model._announce = announcer(seam if _capturable(seam) else _StandIn())
     try:
         yield play
     finally:
-        model._announce, model._captured = announce, None
-        play(seam)
+        model._announce, model._captured = announce, captured
+        for guest, own in before:
+            guest.seam = own
 
 
 def _capturable(seam: Any) -> bool:
@@ -297,10 +298,13 @@ class Step:
         self._lent = threading.Lock()
 
     @classmethod
-    def record(cls, model: Any, device: Device, seam: Seam, context: int) -> Step:
-        """``model``: attached to ``seam``, eager, with its plan. ``context``: the tokens that was
-        made for; room for all of them is taken now. Raises `NotCaptured`, and the model is as it
-        was."""
+    def record(
+        cls, model: Any, device: Device, seam: Seam, context: int, *, cache: Kept | None = None
+    ) -> Step:
+        """``model``: attached, eager, with its plan. ``seam``: who will answer at cuts.
+        ``context``: the tokens that the plan was made for; room for all of them is taken now, but
+        for a ``cache`` of another step of the same model. Raises `NotCaptured`, and the model is as
+        it was."""
         config = text_config(model.config)
         if config._attn_implementation not in ATTENTION:
             raise NotCaptured(f"{config._attn_implementation} attention needs another cache")
@@ -308,7 +312,8 @@ class Step:
             raise NotCaptured(f"{context} tokens of context are too few to try it")
         with torch.no_grad(), _rehearsal(model, seam) as play:
             try:
-                step = cls._rehearsed(model, device, seam, Kept(config, context), play)
+                cache = Kept(config, context) if cache is None else cache
+                step = cls._rehearsed(model, device, seam, cache, play)
             except NotCaptured:
                 raise
             except Exception as e:  # whatever a family, a recording and a driver may raise
