@@ -30,7 +30,7 @@ FLOORS: list[list[set[str]]] = [
         {"intervals"},
     ],
     [{"experts"}, {"model", "families", "frame"}, {"dense"}],
-    [{"simulate"}, {"plan"}, {"summary"}],
+    [{"simulate"}, {"plan"}, {"machine"}, {"summary"}],
     [{"engine", "loading", "evaluate", "packing", "learn"}],
     [
         {
@@ -39,6 +39,7 @@ FLOORS: list[list[set[str]]] = [
             "bench",
             "compare",
             "demo",
+            "checkup",
             "quality",
             "lm_harness",
             "__init__",
