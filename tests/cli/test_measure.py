@@ -1,4 +1,4 @@
-"""demo, bench and doctor: their tables, their JSON, and what they refuse."""
+"""demo and bench: their tables, their JSON, and what they refuse."""
 
 from __future__ import annotations
 
@@ -191,30 +191,6 @@ def test_engines_that_do_not_fit_beside_each_other_are_refused(
     ended = understudy("bench", str(models), "--policy", "lru,lfu", "--memory", "100KiB")
     assert ended.code == 2
     assert "2 policies side by side need" in ended.err
-
-
-# --------------------------------------------------------------------------------------- doctor
-
-
-def test_doctor_examines_this_machine(
-    understudy: Command, models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "memory_bandwidth", lambda: 20e9)
-    ended = understudy("doctor", str(models), "--json")
-    assert ended.code == 0
-    assert ended.json["versions"]["understudy"]
-    assert ended.json["memory_bandwidth"] == 20e9
-    assert ended.json["free_memory"] > 0
-    assert isinstance(ended.json["direct_io"], bool)
-    assert len(ended.json["disk"]) == 12
-    assert "memory bandwidth" in ended.err
-    assert "20.00 GB/s" in ended.err
-
-
-def test_doctor_of_nothing(understudy: Command) -> None:
-    ended = understudy("doctor", "/no/such/place")
-    assert ended.code == 2
-    assert "error: /no/such/place does not exist" in ended.err
 
 
 # ---------------------------------------------------------------------------------- the floors

@@ -30,8 +30,20 @@ FLOORS: list[list[set[str]]] = [
         {"intervals"},
     ],
     [{"experts"}, {"model", "families", "frame", "captured"}, {"dense"}],
-    [{"simulate"}, {"plan"}, {"summary"}],
-    [{"engine", "loading", "assembly", "anatomy", "evaluate", "packing", "learn"}],
+    [{"simulate"}, {"plan"}, {"machine"}, {"summary"}],
+    [
+        {
+            "engine",
+            "loading",
+            "assembly",
+            "on_device",
+            "turns",
+            "anatomy",
+            "evaluate",
+            "packing",
+            "learn",
+        },
+    ],
     [
         {
             "cli",
@@ -39,6 +51,7 @@ FLOORS: list[list[set[str]]] = [
             "bench",
             "compare",
             "demo",
+            "checkup",
             "quality",
             "lm_harness",
             "__init__",

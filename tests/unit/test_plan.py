@@ -257,8 +257,24 @@ def test_a_full_cgroup_has_nothing_rather_than_less() -> None:
     assert plan.free_memory(machine(files)) == 0
 
 
+def test_a_limit_is_told_where_it_is_less_than_the_machine() -> None:
+    assert plan.total_memory(machine({})) == 24684084 * 1024
+    assert plan.memory_limit(machine({})) is None
+    folder = "/sys/fs/cgroup/a"
+    files = {
+        "/proc/self/cgroup": "0::/a/b",
+        f"{folder}/b/memory.max": f"{8 * GIB}",
+        f"{folder}/b/memory.current": "0",
+        f"{folder}/memory.max": f"{6 * GIB}",
+        f"{folder}/memory.current": "0",
+    }
+    assert plan.memory_limit(machine(files)) == 6 * GIB
+    unlimited = {**files, f"{folder}/b/memory.max": "max", f"{folder}/memory.max": f"{1 << 62}"}
+    assert plan.memory_limit(machine(unlimited)) is None
+
+
 def test_this_machine_has_some() -> None:
-    assert plan.free_memory() > 0
+    assert 0 < plan.free_memory() <= plan.total_memory()
 
 
 # ------------------------------------------------------------------------- how fast this machine is

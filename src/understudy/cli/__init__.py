@@ -17,6 +17,7 @@ import typer
 
 from understudy.cli import (
     compare,
+    doctor,
     evaluate,
     look,
     measure,
@@ -78,7 +79,7 @@ for command in (
     simulate.simulate,
     profile.profile,
     compare.compare,
-    measure.doctor,
+    doctor.doctor,
     look.families,
 ):
     app.command()(command)

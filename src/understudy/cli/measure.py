@@ -1,6 +1,6 @@
-"""The commands that measure: ``demo``, ``bench`` and ``doctor``.
+"""The commands that measure: ``demo`` and ``bench``.
 
-Knows: how rows become tables. Does not know: how they are measured (`bench`, `demo`, `plan`).
+Knows: how rows become tables. Does not know: how they are measured (`bench`, `demo`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
 
 from understudy.cli import screen, session
@@ -218,125 +217,3 @@ def bench_row(row: Row) -> dict[str, Any]:
         "floor_own_ms": round(1000 * row.floor_own, 4),
         "floor_belady_ms": round(1000 * row.floor_belady, 4),
     }
-
-
-# --------------------------------------------------------------------------------------- doctor
-
-DOCTOR_THREADS = (1, 2, 4, 8)
-DOCTOR_BLOCKS = (256 << 10, 1 << 20, 4 << 20)
-
-
-def doctor(
-    path: Annotated[
-        Path | None,
-        typer.Argument(help="A file or folder on the disk in question; default: a model here."),
-    ] = None,
-    *,
-    json: Json = False,
-) -> None:
-    """Say what this machine is and how fast it reads."""
-    file = largest_file(path)
-    report = examine(file)
-    screen.show(screen.facts(report_lines(report)), json_too=json)
-    if report["disk"]:
-        screen.show(disk_table(report["disk"]), json_too=json)
-    if json:
-        screen.write_json(report)
-
-
-def largest_file(path: Path | None) -> Path | None:
-    """What to read: the file itself, the largest in the folder, else a model's weights."""
-    if path is not None and not path.exists():
-        raise UnderstudyError(f"{path} does not exist; name a file or folder to read from")
-    if path is not None and path.is_file():
-        return path
-    files = list(path.rglob("*") if path is not None else _known_weights())
-    sized = [(file.stat().st_size, file) for file in files if file.is_file()]
-    if path is not None and not sized:
-        raise UnderstudyError(f"{path} holds no file to read; name a model's folder")
-    return max(sized)[1] if sized else None
-
-
-def _known_weights() -> list[Path]:
-    from understudy.demo import models_folder
-    from understudy.native import cache_folder
-
-    folders = [cache_folder()]
-    try:
-        folders.append(models_folder())
-    except UnderstudyError:
-        screen.say("no reference models here; doctor PATH reads another file")
-    return [file for folder in folders for file in folder.glob("*/*.safetensors")]
-
-
-def examine(file: Path | None) -> dict[str, Any]:
-    """Everything ``doctor`` reports, as plain values."""
-    import platform
-    from importlib.metadata import version
-
-    from understudy import plan
-
-    with screen.progress() as bar:
-        disk = _disk_speeds(file, bar("reading the disk")) if file is not None else []
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.release()}",
-            **{name: version(name) for name in ("understudy", "torch", "transformers")},
-        },
-        "cpus": len(_cpus()),
-        "free_memory": plan.free_memory(),
-        "auto_memory": plan.automatic_budget(plan.free_memory()),
-        "memory_bandwidth": plan.memory_bandwidth(),
-        "file": str(file) if file is not None else None,
-        "direct_io": plan.direct_io_works(file) if file is not None else None,
-        "disk": disk,
-    }
-
-
-def _cpus() -> Sequence[int]:
-    import os
-
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
-
-
-def _disk_speeds(file: Path, report: Any) -> list[dict[str, Any]]:
-    from understudy import plan
-
-    direct = plan.direct_io_works(file)
-    cells = [(threads, block) for threads in DOCTOR_THREADS for block in DOCTOR_BLOCKS]
-    speeds = []
-    for done, (threads, block) in enumerate(cells, start=1):
-        speed = plan.disk_bandwidth(file, threads, block, 128 << 20, direct)
-        speeds.append({"threads": threads, "block_bytes": block, "bytes_per_second": speed})
-        report(done, len(cells))
-    return speeds
-
-
-def report_lines(report: dict[str, Any]) -> dict[str, str]:
-    from understudy.plan import shown_size
-
-    answer = {True: "yes", False: "no; reads go through the page cache", None: "no file to try"}
-    return {
-        **report["versions"],
-        "cpus": str(report["cpus"]),
-        "free memory": f"{shown_size(report['free_memory'])}, of which --memory auto takes "
-        f"{shown_size(report['auto_memory'])}",
-        "memory bandwidth": _gb(report["memory_bandwidth"]),
-        "direct I/O": answer[report["direct_io"]],
-        "read from": report["file"] or "-",
-    }
-
-
-def disk_table(disk: Sequence[dict[str, Any]]) -> Table:
-    from understudy.plan import shown_size
-
-    speed = {(cell["threads"], cell["block_bytes"]): cell["bytes_per_second"] for cell in disk}
-    columns = [f"{shown_size(block)} reads" for block in DOCTOR_BLOCKS]
-    table = screen.grid("disk", *columns)
-    for threads in DOCTOR_THREADS:
-        label = f"{threads} thread{'s' if threads > 1 else ''}"
-        table.add_row(label, *(_gb(speed[threads, block]) for block in DOCTOR_BLOCKS))
-    return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,26 @@ def open_cuda(asked: str) -> Cuda:
     if index >= count:
         raise UnderstudyError(f"--device {asked}: only {count} visible; use cuda:0")
     return Cuda(index)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One accelerator, as torch sees it. ``memory``: bytes; ``capability``: such as 9.0."""
+
+    index: int
+    name: str
+    memory: int
+    capability: str
+
+
+def visible() -> list[Seen]:
+    """Every accelerator that torch can use here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [
+        Seen(index, seen.name, seen.total_memory, f"{seen.major}.{seen.minor}")
+        for index, seen in enumerate(found)
+    ]
 
 
 class CudaEvent:
