@@ -35,12 +35,14 @@ UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}  # why: the head of `kerne
 class Strip:
     """What a program of few tokens does: ``rows`` pairs of rows of a matrix, ``lanes`` vectors of
     each at a time, up to ``unroll`` such chunks under way; ``together``: and those of so many
-    ranks (where the program sums over ranks)."""
+    ranks (where the program sums over ranks). ``registers``: how many a thread may take. The
+    compiler starts many loads before it waits for the first only where it is told so."""
 
     rows: int = 4
     lanes: int = 32
     unroll: int = 4
     warps: int = 4
+    registers: int = 96
     together: int = 1
 
 
@@ -65,7 +67,7 @@ class Tiles:
     """
 
     hidden: Strip = Strip()
-    down: Strip = Strip(rows=2, lanes=64, together=2)
+    down: Strip = Strip(rows=2, warps=2, registers=128, together=2)
     hidden_many: Block = Block()
     down_many: Block = Block()
 
@@ -101,7 +103,8 @@ class _Matrix:
         chunks = -(-units // chunk)
         passes = -(-chunks // tile.unroll)
         how = {"ROWS": tile.rows, "CHUNK": chunk, "UNROLL": -(-chunks // passes)}
-        return {**self.constants, **how, **UNFUSED, "num_warps": tile.warps}
+        launch = {"num_warps": tile.warps, "maxnreg": tile.registers}
+        return {**self.constants, **how, **UNFUSED, **launch}
 
     def block(self, tile: Block, x: torch.dtype) -> dict[str, Any]:
         how = {"ROWS": tile.rows, "LINES": tile.lines, "DEPTH": tile.depth // x.itemsize}
