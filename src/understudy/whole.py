@@ -7,6 +7,7 @@ written.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,3 +34,18 @@ def keep(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path``."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def first(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, there at once (`OSError` where it cannot be). What is
+    written to it becomes ``path``, unless there is one by then: the first answer holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        with suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from understudy import native
+from understudy import native, whole
 from understudy.core import ExpertLayout, UnderstudyError
 from understudy.experts.compute import Batch, ExpertMlp
 from understudy.experts.store import Weights
@@ -101,27 +99,26 @@ def _read(file: Path) -> Choice | None:
 def _measure_once(file: Path, mlp: ExpertMlp, layout: ExpertLayout, dtype: torch.dtype) -> Choice:
     """Measure, and write it down unless another process was quicker: the first answer holds."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        with whole.first(file) as temporary:
+            times = dict(_measure(mlp, layout, dtype))
+            rows = _rows(times)
+            kept = {"rows": rows, "microseconds": times, "dtype": str(dtype)}
+            temporary.write_text(json.dumps(kept))
+            if file.exists() and _read(file) is None:
+                file.unlink(missing_ok=True)  # damaged
     except OSError:
         return Choice(NATIVE_ROWS, f"{file.parent} cannot be written, so not measured", {})
-    try:
-        times = dict(_measure(mlp, layout, dtype))
-        rows = 0
-        for tried, (ours, theirs) in sorted(times.items()):
-            if ours > theirs:
-                break
-            rows = tried
-        kept = {"rows": rows, "microseconds": times, "dtype": str(dtype)}
-        with os.fdopen(descriptor, "w") as out:
-            json.dump(kept, out)
-        if file.exists() and _read(file) is None:
-            file.unlink(missing_ok=True)  # damaged
-        with suppress(FileExistsError):
-            os.link(name, file)
-    finally:
-        os.unlink(name)
     return _read(file) or Choice(rows, "measured just now", times)
+
+
+def _rows(times: dict[int, tuple[float, float]]) -> int:
+    """Up to the first count at which torch was faster, whatever comes after it."""
+    rows = 0
+    for tried, (ours, theirs) in sorted(times.items()):
+        if ours > theirs:
+            break
+        rows = tried
+    return rows
 
 
 def _measure(

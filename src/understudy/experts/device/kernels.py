@@ -1,7 +1,7 @@
 """The expert MLP in Triton, reading weights where they lie in the slots of the device.
 
-Knows: addresses, shapes, how weights are encoded, what is rounded and in which order numbers are
-added. Does not know: torch, which expert lies in a slot, who chose the tiles.
+Knows: addresses, how weights are encoded, what is rounded and in which order numbers are added.
+Does not know: torch, which expert lies in a slot, who chose the tiles.
 
 A *pair* is one (token, rank), one expert applied to one token: ``pair = token * RANKS + rank``.
 `hidden`, `down` and `mixed` are for few tokens: dot products of single pairs; each thread loads the
@@ -17,17 +17,50 @@ Bits do not depend on company: how a row of weights is added up is a matter of t
 tile alone. Launched with ``enable_fp_fusion=False``, an addition is fused with a multiplication
 exactly where `tl.fma` says so; kernels that share a function then share its bits.
 
-Shapes are constants of a kernel (a model has one or two), so that loads are as wide as alignment
-allows, and divisions cost nothing. ``SLOT``: bytes from slot to slot. Of each matrix: ``START`` and
-``SCALES``, bytes into the slot; ``KIND``, "stored", "int8" or "int4"; ``TYPE``, of what is stored;
-``GROUP``, weights that share a scale in int4.
+Shapes are constants of a kernel (a model has one or two): loads are as wide as alignment allows,
+and divisions cost nothing. HIDDEN is the length of x, WIDTH that of what is between the matrices,
+SLOT the bytes from slot to slot.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-incomplete-defs
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Matrix(NamedTuple):
+    """A matrix [lines, inner] inside a slab. ``kind``: "stored", "int8" or "int4"; ``stored``: the
+    Triton dtype of its codes; ``start`` and ``scales``: bytes into the slab; ``group``: weights
+    that share a scale (int4)."""
+
+    kind: str
+    stored: Any
+    inner: int
+    start: int
+    scales: int
+    group: int
+
+
+class Rows(NamedTuple):
+    """What a program of few tokens does: ``rows`` pairs of rows of a matrix, ``chunk`` elements of
+    each at a time (int4: words of eight codes), ``unroll`` of these in one turn of the loop."""
+
+    rows: int
+    chunk: int
+    unroll: int
+
+
+class Lines(NamedTuple):
+    """What a program of many tokens does: ``rows`` pairs times ``lines`` of a matrix, ``depth``
+    elements of x at a time (int4: a group)."""
+
+    rows: int
+    lines: int
+    depth: int
+
 
 # ------------------------------------------------------------------------------------ small numbers
 
@@ -72,40 +105,39 @@ def _nibble(words, PLACE: tl.constexpr):
 
 # -------------------------------------------------------------------------------------- few tokens
 #
-# Two rows of weights at a time (gate and up, or two of down) share what is loaded of x. K lies along
-# the first axis of a tile: threads and their vectors follow it, and a row never leaves its warp.
-# Where ``live`` is false nothing is loaded and the sums are zero.
+# Two rows of weights at a time (gate and up, or two of down) share what is loaded of x. Rows follow
+# the first axis of a tile, and with them threads and their vectors. Where ``live`` is false nothing
+# is loaded, and the sums are zero. A loop takes whole turns only: what is beyond the end is masked,
+# which costs less than a second loop for it.
 
 
 @triton.jit
-def _two_rows(
-    matrix, x, first, second, live, K: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Rows ``first`` and ``second`` [1, ROWS] of ``matrix`` [.., K] times x [K]: two of [ROWS]."""
+def _two_rows(matrix, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+    """Rows ``first`` and ``second`` [1, rows] of ``matrix`` times x [inner]: two of [rows]."""
     D: tl.constexpr = x.dtype.element_ty
-    a = tl.zeros([CHUNK, ROWS], tl.float32)
-    b = tl.zeros([CHUNK, ROWS], tl.float32)
-    STEP: tl.constexpr = CHUNK * UNROLL  # whole ones only: no second loop for what is left
-    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=UNROLL):
-        k = start + tl.arange(0, CHUNK)[:, None]
+    K: tl.constexpr = M.inner
+    STEP: tl.constexpr = T.chunk * T.unroll
+    a = tl.zeros([T.chunk, T.rows], tl.float32)
+    b = tl.zeros([T.chunk, T.rows], tl.float32)
+    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, T.chunk, loop_unroll_factor=T.unroll):
+        k = start + tl.arange(0, T.chunk)[:, None]
         inside = (k < K) & live
         # x in the shape of the weights: each thread loads what it multiplies, none has to wait for
         # another. It comes from the first cache.
         v = tl.load(x + (k + 0 * first), mask=inside, other=0).to(tl.float32)
         one = tl.load(matrix + (first * K + k), mask=inside, other=0)
         two = tl.load(matrix + (second * K + k), mask=inside, other=0)
-        a = tl.fma(_factor(one, KIND, D), v, a)
-        b = tl.fma(_factor(two, KIND, D), v, b)
+        a = tl.fma(_factor(one, M.kind, D), v, a)
+        b = tl.fma(_factor(two, M.kind, D), v, b)
     return tl.sum(a, 0), tl.sum(b, 0)
 
 
 @triton.jit
-def _inputs_of_words(x, word, inside, HALF: tl.constexpr):
-    """What the low (HALF 0) or high (1) nibbles of words [CHUNK, ROWS] of int4 codes multiply:
-    four neighbours of x each. A pair of 16 bit wide ones at a time would be loads of two bytes."""
-    at = word // 4 * 8 + word % 4 + 4 * HALF  # in fours
+def _neighbours(x, word, inside, HALF: tl.constexpr):
+    """The four of x that the low (HALF 0) or the high (1) nibbles of a word of int4 codes multiply.
+    Where they are 64 bits together they are loaded as such: one by one, loads would be narrow."""
     D: tl.constexpr = x.dtype.element_ty
+    at = word // 4 * 8 + word % 4 + 4 * HALF  # in fours
     if D.primitive_bitwidth == 16:
         four = tl.load(x.to(tl.pointer_type(tl.int64)) + at, mask=inside, other=0)
         p = four.to(tl.int16).to(D, bitcast=True)
@@ -122,7 +154,7 @@ def _inputs_of_words(x, word, inside, HALF: tl.constexpr):
 
 @triton.jit
 def _words_times(words, low, high):
-    """Eight products of each word of int4 codes, added up."""
+    """The eight products of each word of int4 codes, added up."""
     total = _nibble(words, 0) * low[0]
     for i in tl.static_range(1, 4):
         total = tl.fma(_nibble(words, 2 * i), low[i], total)
@@ -132,49 +164,41 @@ def _words_times(words, low, high):
 
 
 @triton.jit
-def _two_rows_int4(
-    words, scales, x, first, second, live, K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """`_two_rows` of codes that lie as `formats.int4` says; CHUNK words of eight at a time."""
-    a = tl.zeros([CHUNK, ROWS], tl.float32)
-    b = tl.zeros([CHUNK, ROWS], tl.float32)
-    STEP: tl.constexpr = CHUNK * UNROLL
-    for start in tl.range(0, (K // 8 + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=UNROLL):
-        word = start + tl.arange(0, CHUNK)[:, None]
-        inside = (word < K // 8) & live
-        low = _inputs_of_words(x, word + 0 * first, inside, 0)
-        high = _inputs_of_words(x, word + 0 * first, inside, 1)
-        one = tl.load(words + (first * (K // 8) + word), mask=inside, other=0)
-        two = tl.load(words + (second * (K // 8) + word), mask=inside, other=0)
-        group = word // (GROUP // 8)
-        of_one = tl.load(scales + (first * (K // GROUP) + group), mask=inside, other=0)
-        of_two = tl.load(scales + (second * (K // GROUP) + group), mask=inside, other=0)
+def _two_rows_int4(words, scales, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+    """`_two_rows` of codes that lie as `formats.int4` says, a thread's vector in one group."""
+    K: tl.constexpr = M.inner // 8
+    GROUPS: tl.constexpr = M.inner // M.group
+    STEP: tl.constexpr = T.chunk * T.unroll
+    a = tl.zeros([T.chunk, T.rows], tl.float32)
+    b = tl.zeros([T.chunk, T.rows], tl.float32)
+    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, T.chunk, loop_unroll_factor=T.unroll):
+        word = start + tl.arange(0, T.chunk)[:, None]
+        inside = (word < K) & live
+        low = _neighbours(x, word + 0 * first, inside, 0)
+        high = _neighbours(x, word + 0 * first, inside, 1)
+        one = tl.load(words + (first * K + word), mask=inside, other=0)
+        two = tl.load(words + (second * K + word), mask=inside, other=0)
+        group = word // (M.group // 8)
+        of_one = tl.load(scales + (first * GROUPS + group), mask=inside, other=0)
+        of_two = tl.load(scales + (second * GROUPS + group), mask=inside, other=0)
         a = tl.fma(_words_times(one, low, high), of_one.to(tl.float32), a)
         b = tl.fma(_words_times(two, low, high), of_two.to(tl.float32), b)
     return tl.sum(a, 0), tl.sum(b, 0)
 
 
 @triton.jit
-def _two_dots(
-    slab, x, first, second, live, START: tl.constexpr, SCALES: tl.constexpr, K: tl.constexpr,
-    KIND: tl.constexpr, TYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Rows ``first`` and ``second`` [ROWS] of a matrix of the expert at ``slab``, times x [K]."""
-    if KIND == "int4":
-        words = (slab + START).to(tl.pointer_type(tl.int32))
-        scales = (slab + SCALES).to(tl.pointer_type(tl.float16))
-        a, b = _two_rows_int4(
-            words, scales, x, first[None, :], second[None, :], live, K, GROUP, ROWS, CHUNK, UNROLL
-        )
+def _two_dots(slab, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+    """Rows ``first`` and ``second`` [rows] of matrix M of the expert at ``slab``, times x."""
+    STORED: tl.constexpr = M.stored
+    if M.kind == "int4":
+        words = (slab + M.start).to(tl.pointer_type(tl.int32))
+        scales = (slab + M.scales).to(tl.pointer_type(tl.float16))
+        a, b = _two_rows_int4(words, scales, x, first[None, :], second[None, :], live, M, T)
     else:
-        matrix = (slab + START).to(tl.pointer_type(TYPE))
-        a, b = _two_rows(
-            matrix, x, first[None, :], second[None, :], live, K, KIND, ROWS, CHUNK, UNROLL
-        )
-        if KIND == "int8":
-            scales = (slab + SCALES).to(tl.pointer_type(tl.float32))
+        matrix = (slab + M.start).to(tl.pointer_type(STORED))
+        a, b = _two_rows(matrix, x, first[None, :], second[None, :], live, M, T)
+        if M.kind == "int8":
+            scales = (slab + M.scales).to(tl.pointer_type(tl.float32))
             a *= tl.load(scales + first, mask=live, other=0)
             b *= tl.load(scales + second, mask=live, other=0)
     return a, b
@@ -182,11 +206,10 @@ def _two_dots(
 
 @triton.jit
 def hidden(
-    x, slots, arena, h, H: tl.constexpr, I: tl.constexpr, RANKS: tl.constexpr, SLOT: tl.constexpr,
-    START: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    x, slots, arena, h, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
+    RANKS: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """h[pair] = silu(gate x) * up x, for pairs whose slot is not -1. Grid: (pairs, I / ROWS).
+    """h[pair] = silu(gate x) * up x, for pairs whose slot is not -1. Grid: (pairs, WIDTH / rows).
 
     Pairs come first, so that those with the same expert read the same rows of it at about the same
     time, and all but one find them in the cache.
@@ -194,124 +217,109 @@ def hidden(
     pair = tl.program_id(0)
     slot = tl.load(slots + pair)
     if slot >= 0:
-        at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        row = tl.minimum(at, I - 1)
-        gate, up = _two_dots(
-            arena + slot.to(tl.int64) * SLOT, x + pair // RANKS * H, row, row + I, True,
-            START, SCALES, H, KIND, TYPE, GROUP, ROWS, CHUNK, UNROLL,
-        )  # fmt: skip
-        tl.store(h + (pair * I + at), _gated(gate, up, h.dtype.element_ty), mask=at < I)
+        at = tl.program_id(1) * T.rows + tl.arange(0, T.rows)
+        row = tl.minimum(at, WIDTH - 1)
+        slab = arena + slot.to(tl.int64) * SLOT
+        gate, up = _two_dots(slab, x + pair // RANKS * HIDDEN, row, row + WIDTH, True, M, T)
+        tl.store(h + (pair * WIDTH + at), _gated(gate, up, h.dtype.element_ty), mask=at < WIDTH)
 
 
 @triton.jit
 def _down(
-    h, slots, arena, pair, at, H: tl.constexpr, I: tl.constexpr, SLOT: tl.constexpr,
-    START: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    h, slots, arena, pair, at, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``at`` [ROWS], and the ROWS after them, of the output of a pair, rounded, in fp32; zeros
-    where its slot is -1."""
+    """Rows ``at`` [rows] of the output of a pair, and the ``rows`` after them, rounded, in fp32;
+    zeros where its slot is -1."""
     slot = tl.load(slots + pair)
-    a, b = _two_dots(
-        arena + tl.maximum(slot, 0).to(tl.int64) * SLOT, h + pair * I,
-        tl.minimum(at, H - 1), tl.minimum(at + ROWS, H - 1), slot >= 0,
-        START, SCALES, I, KIND, TYPE, GROUP, ROWS, CHUNK, UNROLL,
-    )  # fmt: skip
+    slab = arena + tl.maximum(slot, 0).to(tl.int64) * SLOT
+    first, second = tl.minimum(at, HIDDEN - 1), tl.minimum(at + T.rows, HIDDEN - 1)
+    a, b = _two_dots(slab, h + pair * WIDTH, first, second, slot >= 0, M, T)
     return _rounded(a, h.dtype.element_ty), _rounded(b, h.dtype.element_ty)
 
 
 @triton.jit
+def _store_two(out, at, a, b, HIDDEN: tl.constexpr, T: tl.constexpr):
+    D: tl.constexpr = out.dtype.element_ty
+    tl.store(out + at, a.to(D), mask=at < HIDDEN)
+    tl.store(out + (at + T.rows), b.to(D), mask=at + T.rows < HIDDEN)
+
+
+@triton.jit
 def down(
-    h, slots, arena, into, H: tl.constexpr, I: tl.constexpr, SLOT: tl.constexpr,
-    START: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr, TYPE: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
+    h, slots, arena, into, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
+    M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """into[pair] = down h[pair], for pairs whose slot is not -1. Grid: (pairs, H / (2 ROWS))."""
+    """into[pair] = down h[pair], for pairs whose slot is not -1. Grid: (pairs, HIDDEN / 2 rows)."""
     pair = tl.program_id(0)
     if tl.load(slots + pair) >= 0:
-        at = tl.program_id(1) * (2 * ROWS) + tl.arange(0, ROWS)
-        a, b = _down(
-            h, slots, arena, pair, at,
-            H, I, SLOT, START, SCALES, KIND, TYPE, GROUP, ROWS, CHUNK, UNROLL,
-        )  # fmt: skip
-        out = into + (pair * H + at)
-        tl.store(out, a.to(into.dtype.element_ty), mask=at < H)
-        tl.store(out + ROWS, b.to(into.dtype.element_ty), mask=at + ROWS < H)
+        at = tl.program_id(1) * (2 * T.rows) + tl.arange(0, T.rows)
+        a, b = _down(h, slots, arena, pair, at, HIDDEN, WIDTH, SLOT, M, T)
+        _store_two(into + pair * HIDDEN, at, a, b, HIDDEN, T)
 
 
 @triton.jit
 def mixed(
-    h, slots, arena, weights, out, H: tl.constexpr, I: tl.constexpr, RANKS: tl.constexpr,
-    SLOT: tl.constexpr, START: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr,
-    TYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr, TOGETHER: tl.constexpr,
+    h, slots, arena, weights, out, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, SLOT: tl.constexpr,
+    RANKS: tl.constexpr, M: tl.constexpr, T: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """out[token] = sum over ranks of weight * (down h[pair]): what `down`, then `weighted` make of
-    pairs that would be zero where their slot is -1. Grid: (tokens, H / (2 ROWS)).
-
-    TOGETHER: ranks whose weights are under way at the same time.
-    """
+    """out[token] = sum over ranks, in their order, of weight * (down h[pair]): what `down`, then
+    `weighted` make of pairs that are zero where their slot is -1. TOGETHER: ranks in one turn of
+    the loop, whose weights are under way at the same time. Grid: (tokens, HIDDEN / 2 rows)."""
     token = tl.program_id(0)
-    at = tl.program_id(1) * (2 * ROWS) + tl.arange(0, ROWS)
-    first = tl.zeros([ROWS], tl.float32)
-    second = tl.zeros([ROWS], tl.float32)
+    at = tl.program_id(1) * (2 * T.rows) + tl.arange(0, T.rows)
+    first = tl.zeros([T.rows], tl.float32)
+    second = tl.zeros([T.rows], tl.float32)
     for rank in tl.range(0, RANKS, loop_unroll_factor=TOGETHER):
         pair = token * RANKS + rank
         weight = tl.load(weights + pair).to(tl.float32)
-        a, b = _down(
-            h, slots, arena, pair, at,
-            H, I, SLOT, START, SCALES, KIND, TYPE, GROUP, ROWS, CHUNK, UNROLL,
-        )  # fmt: skip
-        first = tl.fma(a, weight + 0 * a, first)
-        second = tl.fma(b, weight + 0 * b, second)
-    here = out + (token * H + at)
-    tl.store(here, first.to(out.dtype.element_ty), mask=at < H)
-    tl.store(here + ROWS, second.to(out.dtype.element_ty), mask=at + ROWS < H)
+        a, b = _down(h, slots, arena, pair, at, HIDDEN, WIDTH, SLOT, M, T)
+        first = tl.fma(a, weight + tl.zeros_like(a), first)
+        second = tl.fma(b, weight + tl.zeros_like(b), second)
+    _store_two(out + token * HIDDEN, at, first, second, HIDDEN, T)
 
 
 @triton.jit
 def weighted(
-    into, weights, out, H: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr
+    into, weights, out, HIDDEN: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """out[token] = sum over ranks, in their order, of weight * into[pair], rounded once.
-    Grid: (tokens, H / ROWS)."""
+    Grid: (tokens, HIDDEN / ROWS)."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     for rank in tl.range(0, RANKS):
         pair = token * RANKS + rank
         weight = tl.load(weights + pair).to(tl.float32)
-        y = tl.load(into + (pair * H + at), mask=at < H, other=0).to(tl.float32)
-        total = tl.fma(y, weight, total)
-    tl.store(out + (token * H + at), total.to(out.dtype.element_ty), mask=at < H)
+        y = tl.load(into + (pair * HIDDEN + at), mask=at < HIDDEN, other=0).to(tl.float32)
+        total = tl.fma(y, weight + tl.zeros_like(y), total)
+    tl.store(out + (token * HIDDEN + at), total.to(out.dtype.element_ty), mask=at < HIDDEN)
 
 
 # ------------------------------------------------------------------------------------- many tokens
 #
 # Pairs sorted by slot: ``slots`` [pairs] as sorted, ``order`` [pairs] says where each comes from,
-# ``blocks`` where blocks of up to ROWS pairs of one slot begin (``pairs``: no block). A row of a
+# ``blocks`` where blocks of up to T.rows pairs of one slot begin (``pairs``: no block). A row of a
 # matrix product does not depend on the other rows, so neither does a pair on its block.
 
 
 @triton.jit
-def _block(slots, order, first, pairs, ROWS: tl.constexpr):
-    """Of the block that begins at ``first``: its slot, its pairs [ROWS], and which of them exist."""
-    at = first + tl.arange(0, ROWS)
+def _block(slots, order, first, pairs, T: tl.constexpr):
+    """Of the block that begins at ``first``: its slot, its pairs [rows], which of them there are."""
+    at = first + tl.arange(0, T.rows)
     slot = tl.load(slots + first)
     live = tl.load(slots + at, mask=at < pairs, other=-1) == slot
-    return slot, tl.load(order + at, mask=live, other=0).to(tl.int64), live
+    return slot.to(tl.int64), tl.load(order + at, mask=live, other=0).to(tl.int64), live
 
 
 @triton.jit
-def _tile(
-    matrix, x, row, live, line, K: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr,
-    DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x[row] times lines of ``matrix`` [.., K]: [ROWS, LINES] in fp32."""
+def _product(matrix, x, row, live, line, M: tl.constexpr, T: tl.constexpr):
+    """x[row] times lines of ``matrix``: [rows, lines] in fp32."""
     D: tl.constexpr = x.dtype.element_ty
-    total = tl.zeros([ROWS, LINES], tl.float32)
-    for start in tl.range(0, K, DEPTH):
-        k = (start + tl.arange(0, DEPTH))[None, :]
+    K: tl.constexpr = M.inner
+    total = tl.zeros([T.rows, T.lines], tl.float32)
+    for start in tl.range(0, K, T.depth):
+        k = (start + tl.arange(0, T.depth))[None, :]
         v = tl.load(x + (row[:, None] * K + k), mask=live[:, None] & (k < K), other=0)
         w = tl.load(matrix + (line[:, None] * K + k), mask=k < K, other=0)
         total = tl.dot(v, tl.trans(w.to(D)), total, input_precision="ieee")
@@ -319,87 +327,80 @@ def _tile(
 
 
 @triton.jit
-def _tile_int4(
-    codes, scales, x, row, live, line, K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr,
-):  # fmt: skip
-    """`_tile` of codes that lie as `formats.int4` says, a group of weights at a time: its low and
-    its high nibbles meet what they multiply in x."""
+def _product_int4(codes, scales, x, row, live, line, M: tl.constexpr, T: tl.constexpr):
+    """`_product` of codes that lie as `formats.int4` says, a group at a time: its low and its high
+    nibbles each meet what they multiply in x."""
     D: tl.constexpr = x.dtype.element_ty
-    total = tl.zeros([ROWS, LINES], tl.float32)
-    byte = tl.arange(0, GROUP // 2)
-    for group in tl.range(0, K // GROUP):
-        k = group * GROUP + byte // 16 * 32 + byte % 16
+    K: tl.constexpr = M.inner
+    GROUPS: tl.constexpr = M.inner // M.group
+    total = tl.zeros([T.rows, T.lines], tl.float32)
+    byte = tl.arange(0, M.group // 2)
+    for group in tl.range(0, GROUPS):
+        k = group * M.group + byte // 16 * 32 + byte % 16
         at = x + (row[:, None] * K + k[None, :])
         low = tl.load(at, mask=live[:, None], other=0)
         high = tl.load(at + 16, mask=live[:, None], other=0)
-        pairs = tl.load(codes + (line[:, None] * (K // 2) + (group * (GROUP // 2) + byte)[None, :]))
-        scale = tl.load(scales + (line * (K // GROUP) + group)).to(tl.float32)
-        part = tl.dot(low, tl.trans(((pairs & 15).to(tl.int8) - 8).to(D)), input_precision="ieee")
-        high_codes = ((pairs >> 4).to(tl.int8) - 8).to(D)
+        here = line[:, None] * (K // 2) + (group * (M.group // 2) + byte)[None, :]
+        both = tl.load(codes + here)
+        low_codes = ((both & 15).to(tl.int8) - 8).to(D)
+        high_codes = ((both >> 4).to(tl.int8) - 8).to(D)
+        part = tl.dot(low, tl.trans(low_codes), input_precision="ieee")
         part = tl.dot(high, tl.trans(high_codes), part, input_precision="ieee")
+        scale = tl.load(scales + (line * GROUPS + group)).to(tl.float32)
         total += part * scale[None, :]
     return total
 
 
 @triton.jit
-def _tile_of_slab(
-    slab, x, row, live, line, START: tl.constexpr, SCALES: tl.constexpr, K: tl.constexpr,
-    KIND: tl.constexpr, TYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x[row] times lines of a matrix of the expert at ``slab``: [ROWS, LINES] in fp32."""
-    if KIND == "int4":
-        scales = (slab + SCALES).to(tl.pointer_type(tl.float16))
-        total = _tile_int4(slab + START, scales, x, row, live, line, K, GROUP, ROWS, LINES)
+def _product_of_slab(slab, x, row, live, line, M: tl.constexpr, T: tl.constexpr):
+    """x[row] times lines of matrix M of the expert at ``slab``: [rows, lines] in fp32."""
+    STORED: tl.constexpr = M.stored
+    if M.kind == "int4":
+        scales = (slab + M.scales).to(tl.pointer_type(tl.float16))
+        total = _product_int4(slab + M.start, scales, x, row, live, line, M, T)
     else:
-        matrix = (slab + START).to(tl.pointer_type(TYPE))
-        total = _tile(matrix, x, row, live, line, K, ROWS, LINES, DEPTH)
-        if KIND == "int8":
-            total *= tl.load((slab + SCALES).to(tl.pointer_type(tl.float32)) + line)[None, :]
+        matrix = (slab + M.start).to(tl.pointer_type(STORED))
+        total = _product(matrix, x, row, live, line, M, T)
+        if M.kind == "int8":
+            scales = (slab + M.scales).to(tl.pointer_type(tl.float32))
+            total *= tl.load(scales + line)[None, :]
     return total
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def hidden_many(
-    x, slots, order, blocks, arena, h, pairs, H: tl.constexpr, I: tl.constexpr,
-    RANKS: tl.constexpr, SLOT: tl.constexpr, START: tl.constexpr, SCALES: tl.constexpr,
-    KIND: tl.constexpr, TYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    LINES: tl.constexpr, DEPTH: tl.constexpr,
+    x, slots, order, blocks, arena, h, pairs, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    SLOT: tl.constexpr, RANKS: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """`hidden` for blocks of pairs. Grid: (blocks, I / (LINES / 2)): blocks of one expert meet its
-    weights in the cache. Lines of gate and up take turns, so that both of a product are neighbours.
+    """`hidden` for blocks of pairs. Grid: (blocks, WIDTH / half the lines): blocks of one expert
+    meet its weights in the cache. Lines of gate and up take turns, so that factors are neighbours.
     """
     first = tl.load(blocks + tl.program_id(0))
     if first < pairs:
-        slot, pair, live = _block(slots, order, first, pairs, ROWS)
-        lane = tl.arange(0, LINES)
-        line = tl.minimum(tl.program_id(1) * (LINES // 2) + lane // 2, I - 1) + lane % 2 * I
-        total = _tile_of_slab(
-            arena + slot.to(tl.int64) * SLOT, x, pair // RANKS, live, line,
-            START, SCALES, H, KIND, TYPE, GROUP, ROWS, LINES, DEPTH,
-        )  # fmt: skip
-        gate, up = tl.split(tl.reshape(total, [ROWS, LINES // 2, 2]))
-        at = (tl.program_id(1) * (LINES // 2) + tl.arange(0, LINES // 2))[None, :]
-        here = h + (pair[:, None] * I + at)
-        tl.store(here, _gated(gate, up, h.dtype.element_ty), mask=live[:, None] & (at < I))
+        slot, pair, live = _block(slots, order, first, pairs, T)
+        HALF: tl.constexpr = T.lines // 2
+        start = tl.program_id(1) * HALF
+        both = tl.arange(0, T.lines)
+        line = tl.minimum(start + both // 2, WIDTH - 1) + both % 2 * WIDTH
+        total = _product_of_slab(arena + slot * SLOT, x, pair // RANKS, live, line, M, T)
+        gate, up = tl.split(tl.reshape(total, [T.rows, HALF, 2]))
+        at = (start + tl.arange(0, HALF))[None, :]
+        here = h + (pair[:, None] * WIDTH + at)
+        tl.store(here, _gated(gate, up, h.dtype.element_ty), mask=live[:, None] & (at < WIDTH))
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def down_many(
-    h, slots, order, blocks, arena, into, pairs, H: tl.constexpr, I: tl.constexpr,
-    SLOT: tl.constexpr, START: tl.constexpr, SCALES: tl.constexpr, KIND: tl.constexpr,
-    TYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, LINES: tl.constexpr,
-    DEPTH: tl.constexpr,
+    h, slots, order, blocks, arena, into, pairs, HIDDEN: tl.constexpr, WIDTH: tl.constexpr,
+    SLOT: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """`down` for blocks of pairs. Grid: (blocks, H / LINES)."""
+    """`down` for blocks of pairs. Grid: (blocks, HIDDEN / lines)."""
     first = tl.load(blocks + tl.program_id(0))
     if first < pairs:
-        slot, pair, live = _block(slots, order, first, pairs, ROWS)
-        at = tl.program_id(1) * LINES + tl.arange(0, LINES)
-        total = _tile_of_slab(
-            arena + slot.to(tl.int64) * SLOT, h, pair, live, tl.minimum(at, H - 1),
-            START, SCALES, I, KIND, TYPE, GROUP, ROWS, LINES, DEPTH,
-        )  # fmt: skip
-        here = into + (pair[:, None] * H + at[None, :])
-        tl.store(here, total.to(into.dtype.element_ty), mask=live[:, None] & (at < H)[None, :])
+        slot, pair, live = _block(slots, order, first, pairs, T)
+        at = tl.program_id(1) * T.lines + tl.arange(0, T.lines)
+        line = tl.minimum(at, HIDDEN - 1)
+        total = _product_of_slab(arena + slot * SLOT, h, pair, live, line, M, T)
+        here = into + (pair[:, None] * HIDDEN + at[None, :])
+        mask = live[:, None] & (at < HIDDEN)[None, :]
+        tl.store(here, total.to(into.dtype.element_ty), mask=mask)

@@ -35,12 +35,14 @@ UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}  # why: the head of `kerne
 class Strip:
     """What a program of few tokens does: ``rows`` pairs of rows of a matrix, ``lanes`` vectors of
     each at a time, up to ``unroll`` such chunks under way; ``together``: and those of so many
-    ranks (where the program sums over ranks)."""
+    ranks (where the program sums over ranks). ``registers``: how many a thread may take. The
+    compiler starts many loads before it waits for the first only where it is told so."""
 
     rows: int = 4
     lanes: int = 32
     unroll: int = 4
     warps: int = 4
+    registers: int = 96
     together: int = 1
 
 
@@ -58,60 +60,67 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One of each kernel. The defaults are a guess for data-centre GPUs, measured nowhere: enough
-    bytes under way to fill an H100 with one token of eight ranks and rows of 4 KiB.
+    """One tile of each kernel. The defaults are a guess, measured nowhere: enough bytes under way
+    for an H100 and one token of eight experts with rows of 4 KiB, and no register spilled.
 
-    Bits depend on tiles, so a model must keep those it began with.
+    Bits depend on tiles: who wants the same again takes the same.
     """
 
     hidden: Strip = Strip()
-    down: Strip = Strip(rows=2, lanes=64, together=2)
-    hidden_many: Block = Block()
-    down_many: Block = Block()
+    down: Strip = Strip(rows=2, warps=2, registers=128, together=2)
+    many: Block = Block()
+
+    @classmethod
+    def usual(cls, dtype: torch.dtype) -> Tiles:
+        """fp32 is multiplied without tensor cores, whose operands fill more registers."""
+        if dtype == torch.float32:
+            return cls(many=Block(rows=32, lines=64, depth=64))
+        return cls()
 
 
 # -------------------------------------------------------------------------------------- the shapes
 
 
-@dataclass(frozen=True, slots=True)
-class _Matrix:
-    """One matrix [lines, inner] as the kernels see it."""
-
-    inner: int
-    unit: int  # bytes of what one lane element is: a weight, or a word of eight int4 codes
-    constants: dict[str, Any]
-
-    @classmethod
-    def of(cls, slab: Slab, name: str, kind: str, numbers: Any) -> _Matrix:
-        """``numbers``: `triton.language`, whose dtypes have the names of torch's."""
-        codes, scales = slab.fields[name], slab.fields.get(f"{name}_scales")
-        inner = _inner(codes, kind)
-        constants = {
-            "START": codes.start,
-            "SCALES": 0 if scales is None else scales.start,
-            "KIND": kind,
-            "TYPE": getattr(numbers, str(codes.dtype).removeprefix("torch.")),
-            "GROUP": inner // scales.shape[1] if scales and len(scales.shape) > 1 else inner,
-        }
-        return cls(inner, 4 if kind == "int4" else codes.dtype.itemsize, constants)
-
-    def strip(self, tile: Strip) -> dict[str, Any]:
-        units = self.inner // 8 if self.constants["KIND"] == "int4" else self.inner
-        chunk = tile.lanes * VECTOR // self.unit
-        chunks = -(-units // chunk)
-        passes = -(-chunks // tile.unroll)
-        how = {"ROWS": tile.rows, "CHUNK": chunk, "UNROLL": -(-chunks // passes)}
-        return {**self.constants, **how, **UNFUSED, "num_warps": tile.warps}
-
-    def block(self, tile: Block, x: torch.dtype) -> dict[str, Any]:
-        how = {"ROWS": tile.rows, "LINES": tile.lines, "DEPTH": tile.depth // x.itemsize}
-        launch = {"num_warps": tile.warps, "num_stages": tile.stages}
-        return {**self.constants, **how, **UNFUSED, **launch}
-
-
 def _inner(codes: Field, kind: str) -> int:
-    """K, the length of a line in weights."""
+    """The length of a line in weights."""
     return codes.shape[1] * codes.dtype.itemsize * 8 // (KINDS[kind] or 8 * codes.dtype.itemsize)
+
+
+def _matrix(slab: Slab, name: str, kind: str) -> Any:
+    """A `kernels.Matrix`."""
+    from triton import language  # whose dtypes have the names of torch's
+
+    from understudy.experts.device import kernels
+
+    codes, scales = slab.fields[name], slab.fields.get(f"{name}_scales")
+    inner = _inner(codes, kind)
+    group = inner // scales.shape[1] if scales and len(scales.shape) > 1 else inner
+    stored = getattr(language, str(codes.dtype).removeprefix("torch."))
+    start = 0 if scales is None else scales.start
+    return kernels.Matrix(kind, stored, inner, codes.start, start, group)
+
+
+def _rows(matrix: Any, tile: Strip) -> dict[str, Any]:
+    """The launch of a kernel for few tokens."""
+    from understudy.experts.device import kernels
+
+    codes_in_word = 8 if matrix.kind == "int4" else 1
+    nbytes = 4 if matrix.kind == "int4" else matrix.stored.primitive_bitwidth // 8
+    chunk = tile.lanes * VECTOR // nbytes
+    chunks = -(-matrix.inner // (codes_in_word * chunk))
+    turns = -(-chunks // tile.unroll)
+    rows = kernels.Rows(tile.rows, chunk, -(-chunks // turns))
+    launch = {"num_warps": tile.warps, "maxnreg": tile.registers}
+    return {"M": matrix, "T": rows, **launch, **UNFUSED}
+
+
+def _lines(matrix: Any, tile: Block, dtype: torch.dtype) -> dict[str, Any]:
+    """The launch of a kernel for many tokens."""
+    from understudy.experts.device import kernels
+
+    lines = kernels.Lines(tile.rows, tile.lines, tile.depth // dtype.itemsize)
+    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return {"M": matrix, "T": lines, **launch, **UNFUSED}
 
 
 def why_not(slab: Slab, format: str, dtype: torch.dtype) -> str | None:
@@ -158,13 +167,12 @@ class Swiglu:
         from understudy.experts.device import kernels
 
         self.device, self.slab, self.dtype, self.arena = device, slab, dtype, arena
-        self.tiles = tiles or Tiles()
-        self.hidden, self.width = slab.fields["down_proj"].shape[0], 0
+        self.tiles = tiles or Tiles.usual(dtype)
         self._kernels: Any = kernels
-        self._gate_up = _Matrix.of(slab, "gate_up_proj", format, kernels.tl)
-        self._down = _Matrix.of(slab, "down_proj", format, kernels.tl)
-        self.width = self._down.inner
-        self._shape = {"H": self.hidden, "I": self.width, "SLOT": slot_bytes}
+        self._gate_up = _matrix(slab, "gate_up_proj", format)
+        self._down = _matrix(slab, "down_proj", format)
+        self.hidden, self.width = self._gate_up.inner, self._down.inner
+        self._shape = {"HIDDEN": self.hidden, "WIDTH": self.width, "SLOT": slot_bytes}
         self._distinct = len(arena) // slot_bytes if distinct is None else distinct
         memory = device.allocate(pairs * self.width * dtype.itemsize)
         self._h = memory.view(dtype).view(pairs, self.width)
@@ -177,7 +185,7 @@ class Swiglu:
         self._launch(
             self._kernels.mixed, len(x), (self.hidden, 2 * tile.rows),
             self._h, slots, self.arena, weights.contiguous(), out,
-            RANKS=slots.shape[1], TOGETHER=tile.together, **self._down.strip(tile),
+            RANKS=slots.shape[1], TOGETHER=tile.together, **_rows(self._down, tile),
         )  # fmt: skip
         return out
 
@@ -188,7 +196,7 @@ class Swiglu:
         tile = self.tiles.down
         self._launch(
             self._kernels.down, slots.numel(), (self.hidden, 2 * tile.rows),
-            self._h, slots, self.arena, into, **self._down.strip(tile),
+            self._h, slots, self.arena, into, **_rows(self._down, tile),
         )  # fmt: skip
 
     def _few_hidden(self, x: torch.Tensor, slots: torch.Tensor) -> None:
@@ -197,7 +205,7 @@ class Swiglu:
         tile = self.tiles.hidden
         self._launch(
             self._kernels.hidden, slots.numel(), (self.width, tile.rows),
-            x, slots, self.arena, self._h, RANKS=slots.shape[1], **self._gate_up.strip(tile),
+            x, slots, self.arena, self._h, RANKS=slots.shape[1], **_rows(self._gate_up, tile),
         )  # fmt: skip
 
     def sum(self, into: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -207,26 +215,25 @@ class Swiglu:
         out = into.new_empty(tokens, self.hidden)
         self.device.launch(
             self._kernels.weighted, (tokens, -(-self.hidden // SUMMED)),
-            into, weights.contiguous(), out, H=self.hidden, RANKS=ranks, ROWS=SUMMED, **UNFUSED,
+            into, weights.contiguous(), out, HIDDEN=self.hidden, RANKS=ranks, ROWS=SUMMED, **UNFUSED,
         )  # fmt: skip
         return out
 
     def many(self, x: torch.Tensor, slots: torch.Tensor, into: torch.Tensor) -> None:
         """`pairs` for any number of tokens, by other kernels: the same up to rounding."""
-        first, second = self.tiles.hidden_many, self.tiles.down_many
-        assert first.rows == second.rows and x.is_contiguous() and into.is_contiguous()
+        assert x.is_contiguous() and into.is_contiguous()
+        tile = self.tiles.many
         sorted_slots, order = torch.sort(slots.reshape(-1), stable=True)
-        blocks = _blocks(sorted_slots, first.rows, self._distinct)
+        blocks = _blocks(sorted_slots, tile.rows, self._distinct)
+        where = (sorted_slots, order, blocks, self.arena)
         h = x.new_empty(slots.numel(), self.width)
         self._launch(
-            self._kernels.hidden_many, len(blocks), (self.width, first.lines // 2),
-            x, sorted_slots, order, blocks, self.arena, h, len(order),
-            RANKS=slots.shape[1], **self._gate_up.block(first, self.dtype),
+            self._kernels.hidden_many, len(blocks), (self.width, tile.lines // 2),
+            x, *where, h, len(order), RANKS=slots.shape[1], **_lines(self._gate_up, tile, self.dtype),
         )  # fmt: skip
         self._launch(
-            self._kernels.down_many, len(blocks), (self.hidden, second.lines),
-            h, sorted_slots, order, blocks, self.arena, into, len(order),
-            **self._down.block(second, self.dtype),
+            self._kernels.down_many, len(blocks), (self.hidden, tile.lines),
+            h, *where, into, len(order), **_lines(self._down, tile, self.dtype),
         )  # fmt: skip
 
     def _launch(
