@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -42,3 +43,15 @@ def _dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
 
 InterpreterBuilder.cast_impl = _rounding_cast
 InterpreterBuilder.create_dot = _dot_of_numbers
+
+
+def _call_without_patching_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A kernel's call of another function. Triton exchanges the words of its language before each;
+    once they are exchanged, that is half of all time."""
+    used = [module for module in self.fn.__globals__.values() if module in (tl, tl.core)]
+    if any(tl.core.is_builtin(module.load) for module in used):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+InterpretedFunction.__call__ = _call_without_patching_anew
