@@ -47,6 +47,14 @@ def _config(family: str) -> Any:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's kernels run on its interpreter, and that must be known before anybody imports
+    triton. Tests that need an accelerator need compiled ones: `pytest tests/gpu`, by itself."""
+    alone = config.args and all("tests/gpu" in argument for argument in config.args)
+    if not alone:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def _python_handles_sigint() -> Iterator[None]:
     """A shell's background job starts with SIGINT ignored; the tests of Ctrl-C need it heard."""

@@ -49,6 +49,7 @@ def test_options_reach_the_engine(understudy: Command, engine: ModuleType) -> No
         *("--max-context", "200", "--prefill-chunk-size", "64", "--threads", "1"),
         *("--kernel", "native:4", "--frame", "eager"),
         *("--route", "buddy:rho=2", "--profile", "p.safetensors", "--slots", "50%"),
+        *("--device", "cuda:1", "--device-memory", "12GiB", "--decode", "host"),
     )
     settings = engine.Engine.made[0]
     del settings["on_status"]
