@@ -155,7 +155,7 @@ class Engine:
             finish="length" if len(tokens) >= max_new_tokens else "stop",
             counters=after - before,
             decode_counters=after - (listener.after_first or after),
-            logits=[step[0] for step in out.logits] if keep_logits else None,
+            logits=[step[0].cpu() for step in out.logits] if keep_logits else None,
         )
 
     @contextmanager

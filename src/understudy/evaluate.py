@@ -76,8 +76,14 @@ def distance(
 
 def _window(exact: Any, other: Any, tokens: torch.Tensor) -> TokenScores:
     with torch.inference_mode():
-        logits = [m(input_ids=tokens[None], use_cache=False).logits[0, :-1] for m in (exact, other)]
+        logits = [_logits(model, tokens)[:-1] for model in (exact, other)]
         return compared(logits[0], logits[1], tokens[1:])
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """[T, V] in host memory."""
+    out: torch.Tensor = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0]
+    return out.cpu()
 
 
 def compared(exact: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> TokenScores:
