@@ -28,7 +28,7 @@ HIDDEN = (
     Strip(),
     Strip(rows=8, warps=8),
     Strip(rows=2, warps=2, registers=128),
-    Strip(unroll=2, registers=64),
+    Strip(registers=64),
     Strip(rows=2, lanes=64),
 )
 DOWN = (
