@@ -310,7 +310,7 @@ def weighted(
 
 @triton.jit
 def _block(slots, order, first, pairs, T: tl.constexpr):
-    """Of the block that begins at ``first``: its slot, its pairs [rows], which of them there are."""
+    """Of the block that begins at ``first``: slot, pairs [rows], which of these there are."""
     at = first + tl.arange(0, T.rows)
     slot = tl.load(slots + first)
     live = tl.load(slots + at, mask=at < pairs, other=-1) == slot

@@ -58,8 +58,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Where candidates are tried: slots of ``arena`` that hold anything, so long as they are
-    read by nobody else who minds; k ``ranks`` per token."""
+    """Where candidates are tried. ``arena``: of slots that may hold anything and are only read;
+    ``ranks``: k."""
 
     device: Device
     slab: Slab

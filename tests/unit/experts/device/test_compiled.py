@@ -88,6 +88,12 @@ def test_products_are_fused_where_the_source_says_so(
     assert found["fma"] == 2 * 8 * found["wide"] // 3 + ranks
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_both_ways_down_add_up_alike(built: dict[str, dict[str, Any]], format: str) -> None:
+    """The same numbers in the same threads: what makes them the same bit for bit."""
+    assert built[f"{format} down"]["sums"] == built[f"{format} mixed"]["sums"] != []
+
+
 # ------------------------------------------------------------------------- in a process of its own
 
 
@@ -165,7 +171,15 @@ def _told(kernel: Any) -> dict[str, Any]:
         "fma": kernel.asm["ptx"].count("fma.rn.f32"),
         "shared": kernel.metadata.shared,
         "stack": _stack(kernel.asm["cubin"]),
+        "sums": _sums(kernel.asm["ttgir"]),
     }
+
+
+def _sums(code: str) -> list[str]:
+    """Over what shapes and layouts of tensors sums are taken."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    summed = re.findall(r"\}\) : \(tensor<([^,]*), (#\w+)>\) ->", code)
+    return sorted({f"{shape} {layouts[name]}" for shape, name in summed})
 
 
 def _stack(cubin: bytes) -> int:

@@ -29,6 +29,7 @@ from understudy.experts.device.swiglu import (
     Swiglu,
     Tiles,
     _blocks,
+    _matrix,
     _rows,
     weight_bytes,
     why_not,
@@ -161,11 +162,11 @@ def test_blocks(rows: int, distinct: int) -> None:
 
 def test_a_row_of_weights_takes_whole_turns() -> None:
     """11 chunks at up to 4 at a time: three turns of 4, not two of 5 and not eleven of 1."""
-    some = Experts(11 * 256, 8, count=1)
-    options = _rows(some.kernel._gate_up, Strip(lanes=32, unroll=4))
+    slab = Experts(11 * 256, 8, count=1).slab
+    options = _rows(_matrix(slab, "gate_up_proj", STORED), Strip(lanes=32, unroll=4))
     assert options["T"].chunk == 256
     assert options["T"].unroll == 4
-    assert _rows(some.kernel._down, Strip(unroll=4))["T"].unroll == 1
+    assert _rows(_matrix(slab, "down_proj", STORED), Strip(unroll=4))["T"].unroll == 1
 
 
 def _slab(format: str = STORED, transposed: bool = False, **fields: torch.Tensor) -> Slab:
