@@ -1,9 +1,9 @@
 """Triton kernels without an accelerator: import this before any module with kernels.
 
-Its interpreter runs them on tensors in host memory, one program after the other. It cuts numbers off
-to make them bf16, and takes the bits of bf16 for whole numbers when it multiplies matrices or
-converts integers: all put right here. It fuses nothing and adds up in an order of its own, so bits may be compared
-between two interpreted kernels, not with a device.
+The interpreter runs them on tensors in host memory, one program after the other. It cuts numbers
+off to make them bf16, and takes the bits of bf16 for whole numbers when it multiplies matrices or
+converts integers: put right here. It fuses nothing and adds up in an order of its own, so bits may
+be compared between two interpreted kernels, not with a device.
 """
 
 from __future__ import annotations

@@ -115,20 +115,23 @@ def _nibble(words, PLACE: tl.constexpr):
 def _two_rows(matrix, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
     """Rows ``first`` and ``second`` [1, rows] of ``matrix`` times x [inner]: two of [rows]."""
     D: tl.constexpr = x.dtype.element_ty
+    KIND: tl.constexpr = M.kind
     K: tl.constexpr = M.inner
-    STEP: tl.constexpr = T.chunk * T.unroll
-    a = tl.zeros([T.chunk, T.rows], tl.float32)
-    b = tl.zeros([T.chunk, T.rows], tl.float32)
-    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, T.chunk, loop_unroll_factor=T.unroll):
-        k = start + tl.arange(0, T.chunk)[:, None]
+    CHUNK: tl.constexpr = T.chunk
+    ROWS: tl.constexpr = T.rows
+    STEP: tl.constexpr = CHUNK * T.unroll
+    a = tl.zeros([CHUNK, ROWS], tl.float32)
+    b = tl.zeros([CHUNK, ROWS], tl.float32)
+    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=T.unroll):
+        k = start + tl.arange(0, CHUNK)[:, None]
         inside = (k < K) & live
         # x in the shape of the weights: each thread loads what it multiplies, none has to wait for
         # another. It comes from the first cache.
         v = tl.load(x + (k + 0 * first), mask=inside, other=0).to(tl.float32)
         one = tl.load(matrix + (first * K + k), mask=inside, other=0)
         two = tl.load(matrix + (second * K + k), mask=inside, other=0)
-        a = tl.fma(_factor(one, M.kind, D), v, a)
-        b = tl.fma(_factor(two, M.kind, D), v, b)
+        a = tl.fma(_factor(one, KIND, D), v, a)
+        b = tl.fma(_factor(two, KIND, D), v, b)
     return tl.sum(a, 0), tl.sum(b, 0)
 
 
@@ -168,11 +171,13 @@ def _two_rows_int4(words, scales, x, first, second, live, M: tl.constexpr, T: tl
     """`_two_rows` of codes that lie as `formats.int4` says, a thread's vector in one group."""
     K: tl.constexpr = M.inner // 8
     GROUPS: tl.constexpr = M.inner // M.group
-    STEP: tl.constexpr = T.chunk * T.unroll
-    a = tl.zeros([T.chunk, T.rows], tl.float32)
-    b = tl.zeros([T.chunk, T.rows], tl.float32)
-    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, T.chunk, loop_unroll_factor=T.unroll):
-        word = start + tl.arange(0, T.chunk)[:, None]
+    CHUNK: tl.constexpr = T.chunk
+    ROWS: tl.constexpr = T.rows
+    STEP: tl.constexpr = CHUNK * T.unroll
+    a = tl.zeros([CHUNK, ROWS], tl.float32)
+    b = tl.zeros([CHUNK, ROWS], tl.float32)
+    for start in tl.range(0, (K + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=T.unroll):
+        word = start + tl.arange(0, CHUNK)[:, None]
         inside = (word < K) & live
         low = _neighbours(x, word + 0 * first, inside, 0)
         high = _neighbours(x, word + 0 * first, inside, 1)
@@ -268,8 +273,8 @@ def mixed(
     the loop, whose weights are under way at the same time. Grid: (tokens, HIDDEN / 2 rows)."""
     token = tl.program_id(0)
     at = tl.program_id(1) * (2 * T.rows) + tl.arange(0, T.rows)
-    first = tl.zeros([T.rows], tl.float32)
-    second = tl.zeros([T.rows], tl.float32)
+    first = tl.zeros(at.shape, tl.float32)
+    second = tl.zeros(at.shape, tl.float32)
     for rank in tl.range(0, RANKS, loop_unroll_factor=TOGETHER):
         pair = token * RANKS + rank
         weight = tl.load(weights + pair).to(tl.float32)
@@ -305,7 +310,7 @@ def weighted(
 
 @triton.jit
 def _block(slots, order, first, pairs, T: tl.constexpr):
-    """Of the block that begins at ``first``: its slot, its pairs [rows], which of them there are."""
+    """Of the block that begins at ``first``: slot, pairs [rows], which of these there are."""
     at = first + tl.arange(0, T.rows)
     slot = tl.load(slots + first)
     live = tl.load(slots + at, mask=at < pairs, other=-1) == slot
@@ -317,7 +322,7 @@ def _product(matrix, x, row, live, line, M: tl.constexpr, T: tl.constexpr):
     """x[row] times lines of ``matrix``: [rows, lines] in fp32."""
     D: tl.constexpr = x.dtype.element_ty
     K: tl.constexpr = M.inner
-    total = tl.zeros([T.rows, T.lines], tl.float32)
+    total = tl.zeros([row.shape[0], line.shape[0]], tl.float32)
     for start in tl.range(0, K, T.depth):
         k = (start + tl.arange(0, T.depth))[None, :]
         v = tl.load(x + (row[:, None] * K + k), mask=live[:, None] & (k < K), other=0)
@@ -333,7 +338,7 @@ def _product_int4(codes, scales, x, row, live, line, M: tl.constexpr, T: tl.cons
     D: tl.constexpr = x.dtype.element_ty
     K: tl.constexpr = M.inner
     GROUPS: tl.constexpr = M.inner // M.group
-    total = tl.zeros([T.rows, T.lines], tl.float32)
+    total = tl.zeros([row.shape[0], line.shape[0]], tl.float32)
     byte = tl.arange(0, M.group // 2)
     for group in tl.range(0, GROUPS):
         k = group * M.group + byte // 16 * 32 + byte % 16
@@ -383,7 +388,7 @@ def hidden_many(
         both = tl.arange(0, T.lines)
         line = tl.minimum(start + both // 2, WIDTH - 1) + both % 2 * WIDTH
         total = _product_of_slab(arena + slot * SLOT, x, pair // RANKS, live, line, M, T)
-        gate, up = tl.split(tl.reshape(total, [T.rows, HALF, 2]))
+        gate, up = tl.split(tl.reshape(total, [pair.shape[0], HALF, 2]))
         at = (start + tl.arange(0, HALF))[None, :]
         here = h + (pair[:, None] * WIDTH + at)
         tl.store(here, _gated(gate, up, h.dtype.element_ty), mask=live[:, None] & (at < WIDTH))

@@ -167,11 +167,12 @@ class Swiglu:
         from understudy.experts.device import kernels
 
         self.device, self.slab, self.dtype, self.arena = device, slab, dtype, arena
-        self.tiles = tiles or Tiles.usual(dtype)
+        self.tiles = tiles = tiles or Tiles.usual(dtype)
         self._kernels: Any = kernels
-        self._gate_up = _matrix(slab, "gate_up_proj", format)
-        self._down = _matrix(slab, "down_proj", format)
-        self.hidden, self.width = self._gate_up.inner, self._down.inner
+        gate_up, down = _matrix(slab, "gate_up_proj", format), _matrix(slab, "down_proj", format)
+        self._few = _rows(gate_up, tiles.hidden), _rows(down, tiles.down)
+        self._many = _lines(gate_up, tiles.many, dtype), _lines(down, tiles.many, dtype)
+        self.hidden, self.width = gate_up.inner, down.inner
         self._shape = {"HIDDEN": self.hidden, "WIDTH": self.width, "SLOT": slot_bytes}
         self._distinct = len(arena) // slot_bytes if distinct is None else distinct
         memory = device.allocate(pairs * self.width * dtype.itemsize)
@@ -185,27 +186,26 @@ class Swiglu:
         self._launch(
             self._kernels.mixed, len(x), (self.hidden, 2 * tile.rows),
             self._h, slots, self.arena, weights.contiguous(), out,
-            RANKS=slots.shape[1], TOGETHER=tile.together, **_rows(self._down, tile),
+            RANKS=slots.shape[1], TOGETHER=tile.together, **self._few[1],
         )  # fmt: skip
         return out
 
     def pairs(self, x: torch.Tensor, slots: torch.Tensor, into: torch.Tensor) -> None:
         """The outputs of pairs whose slot is not -1, to their places in ``into`` [T, k, H]; other
         places stay as they are."""
+        assert into.is_contiguous()
         self._few_hidden(x, slots)
-        tile = self.tiles.down
         self._launch(
-            self._kernels.down, slots.numel(), (self.hidden, 2 * tile.rows),
-            self._h, slots, self.arena, into, **_rows(self._down, tile),
+            self._kernels.down, slots.numel(), (self.hidden, 2 * self.tiles.down.rows),
+            self._h, slots, self.arena, into, **self._few[1],
         )  # fmt: skip
 
     def _few_hidden(self, x: torch.Tensor, slots: torch.Tensor) -> None:
         assert x.is_contiguous() and slots.is_contiguous()
         assert slots.dtype == torch.int32 and slots.numel() <= len(self._h)
-        tile = self.tiles.hidden
         self._launch(
-            self._kernels.hidden, slots.numel(), (self.width, tile.rows),
-            x, slots, self.arena, self._h, RANKS=slots.shape[1], **_rows(self._gate_up, tile),
+            self._kernels.hidden, slots.numel(), (self.width, self.tiles.hidden.rows),
+            x, slots, self.arena, self._h, RANKS=slots.shape[1], **self._few[0],
         )  # fmt: skip
 
     def sum(self, into: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,8 @@ class Swiglu:
         out = into.new_empty(tokens, self.hidden)
         self.device.launch(
             self._kernels.weighted, (tokens, -(-self.hidden // SUMMED)),
-            into, weights.contiguous(), out, HIDDEN=self.hidden, RANKS=ranks, ROWS=SUMMED, **UNFUSED,
+            into, weights.contiguous(), out,
+            HIDDEN=self.hidden, RANKS=ranks, ROWS=SUMMED, **UNFUSED,
         )  # fmt: skip
         return out
 
@@ -229,18 +230,19 @@ class Swiglu:
         h = x.new_empty(slots.numel(), self.width)
         self._launch(
             self._kernels.hidden_many, len(blocks), (self.width, tile.lines // 2),
-            x, *where, h, len(order), RANKS=slots.shape[1], **_lines(self._gate_up, tile, self.dtype),
+            x, *where, h, len(order), RANKS=slots.shape[1], **self._many[0],
         )  # fmt: skip
         self._launch(
             self._kernels.down_many, len(blocks), (self.hidden, tile.lines),
-            h, *where, into, len(order), **_lines(self._down, tile, self.dtype),
+            h, *where, into, len(order), **self._many[1],
         )  # fmt: skip
 
     def _launch(
-        self, kernel: Any, across: int, down: tuple[int, int], *args: Any, **options: Any
+        self, kernel: Any, across: int, cut: tuple[int, int], *args: Any, **options: Any
     ) -> None:
-        """``across`` programs for each of the pieces of a matrix: so many lines, so many each."""
-        lines, each = down
+        """``across`` programs for each piece of a matrix. ``cut``: its lines, and how many make a
+        piece."""
+        lines, each = cut
         self.device.launch(kernel, (across, -(-lines // each)), *args, **self._shape, **options)
 
 

@@ -28,7 +28,7 @@ HIDDEN = (
     Strip(),
     Strip(rows=8, warps=8),
     Strip(rows=2, warps=2, registers=128),
-    Strip(unroll=2, registers=64),
+    Strip(registers=64),
     Strip(rows=2, lanes=64),
 )
 DOWN = (
@@ -58,8 +58,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Where candidates are tried: slots of ``arena`` that hold anything, so long as they are
-    read by nobody else who minds; k ``ranks`` per token."""
+    """Where candidates are tried. ``arena``: of slots that may hold anything and are only read;
+    ``ranks``: k."""
 
     device: Device
     slab: Slab

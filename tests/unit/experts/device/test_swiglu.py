@@ -1,137 +1,195 @@
-"""The expert MLP of the device, on Triton's interpreter, against one expert at a time in torch."""
+"""The expert MLP of the device, interpreted, against one pair at a time in torch."""
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
-
-from collections.abc import Sequence
-from typing import Any
+from importlib.util import find_spec
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from understudy import formats
-from understudy.core import STORED, ByteRange, ExpertLayout, Piece
+if find_spec("triton") is None:  # not imported yet: the next line says how
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from tests import interpreted  # noqa: F401  before the kernels
+from tests.unit.experts.device.reference import (
+    BF16,
+    FP32,
+    WAYS,
+    Experts,
+    layout_of,
+    near,
+    same,
+    summed,
+)
+from understudy.core import STORED
 from understudy.experts.device.slab import Slab
-from understudy.experts.device.swiglu import Swiglu
+from understudy.experts.device.swiglu import (
+    Block,
+    Strip,
+    Swiglu,
+    Tiles,
+    _blocks,
+    _matrix,
+    _rows,
+    weight_bytes,
+    why_not,
+)
 
-pytest.importorskip("triton")
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-class Here:
-    """As much of a device as kernels need: they run where they are launched."""
-
-    index, name, torch_device = 0, "interpreter", torch.device("cpu")
-
-    def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-        kernel[tuple(grid)](*args, **options)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN, in all dtypes
+# Few programs, because each costs milliseconds; not all fit the shapes below.
+LARGE = Tiles(Strip(rows=32, lanes=16), Strip(rows=32, lanes=16), Block(rows=16, lines=64))
+SMALL = Tiles(Strip(rows=8, lanes=2, unroll=3), Strip(rows=8, lanes=4, unroll=2, together=2))
 
 
-class Experts:
-    """A few random experts in an arena with gaps, and what torch makes of them."""
-
-    def __init__(
-        self, hidden: int, width: int, format: str = STORED, dtype: torch.dtype = BF16,
-        stored: torch.dtype = BF16, count: int = 5, pairs: int = 64, **how: Any,
-    ) -> None:  # fmt: skip
-        torch.manual_seed(hidden + width)
-        self.format, self.dtype = format, dtype
-        self.matrices = [
-            {"gate_up_proj": _matrix(2 * width, hidden, stored),
-             "down_proj": _matrix(hidden, width, stored)}
-            for _ in range(count)
-        ]  # fmt: skip
-        packed = [self._packed(m) for m in self.matrices]
-        self.slab = Slab.of(_layout(packed[0], format), transposed=False)
-        slot_bytes = self.slab.nbytes + 256
-        arena = torch.full((count * slot_bytes,), 255, dtype=torch.uint8)
-        for slot, weights in zip(arena.view(count, -1), packed, strict=True):
-            self.slab.pack({n: (w,) for n, w in weights.items()}, slot)
-        self.kernel = Swiglu(
-            Here(),
-            self.slab,
-            format,
-            dtype,
-            arena,
-            slot_bytes,
-            pairs,
-            **how,  # type: ignore[arg-type]
-        )
-
-    def _packed(self, matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self.format == STORED:
-            return matrices
-        packer = formats.get(self.format)
-        return {n + s: t for n, m in matrices.items() for s, t in packer.pack(m).items()}
-
-    def numbers(self, expert: int, name: str) -> torch.Tensor:
-        """The matrix in fp32, as the format holds it; stored ones as wide as x at most."""
-        matrix = self.matrices[expert][name]
-        if self.format == STORED:
-            return matrix.to(self.dtype).float()
-        codes = formats.get(self.format)
-        return codes.unpack(*codes.pack(matrix).values(), FP32)
-
-    def pair(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """One token through one expert: products in fp32, rounded where torch would."""
-        both = F.linear(x.float(), self.numbers(expert, "gate_up_proj")).to(self.dtype)
-        gate, up = both.chunk(2)
-        return F.linear((F.silu(gate) * up).float(), self.numbers(expert, "down_proj")).to(x.dtype)
-
-    def pairs(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(*slots.shape, x.shape[1], dtype=self.dtype)
-        for t, row in enumerate(slots.tolist()):
-            for r, slot in enumerate(row):
-                if slot >= 0:
-                    out[t, r] = self.pair(x[t], slot)
-        return out
-
-    def summed(self, x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        outs = self.pairs(x, slots).float() * weights.float()[:, :, None]
-        return outs.sum(1).to(self.dtype)
+def experts(format: str, dtype: torch.dtype, stored: torch.dtype, **how: object) -> Experts:
+    """Shapes that no tile divides, as far as the format allows."""
+    hidden, width = (96, 64) if format == "int4" else (88, 40)
+    return Experts(hidden, width, format, dtype, stored, tiles=LARGE, **how)
 
 
-def _matrix(out: int, inner: int, dtype: torch.dtype) -> torch.Tensor:
-    return (torch.randn(out, inner) / inner**0.5).to(dtype)
+def pairs(kernel: Swiglu, x: torch.Tensor, slots: torch.Tensor, many: bool = False) -> torch.Tensor:
+    into = torch.zeros(*slots.shape, x.shape[1], dtype=x.dtype)
+    (kernel.many if many else kernel.pairs)(x, slots, into)
+    return into
 
 
-def _layout(weights: dict[str, torch.Tensor], format: str) -> ExpertLayout:
-    pieces = {
-        n: (Piece(0, 0, str(w.dtype).removeprefix("torch."), tuple(w.shape), w.stride()),)
-        for n, w in weights.items()
-    }
-    return ExpertLayout((ByteRange(0, 0, 1),), pieces, format)
+@pytest.mark.parametrize(("format", "dtype", "stored"), WAYS)
+def test_few_tokens(format: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+    some = experts(format, dtype, stored)
+    x, slots, weights = some.event(2, 3)
+    near(some.kernel.few(x, slots, weights), summed(some.pairs(x, slots), weights))
 
 
-def tokens(experts: Experts, count: int, ranks: int = 2) -> tuple[torch.Tensor, ...]:
-    """x, slots with duplicates and absentees, weights."""
-    dice = torch.Generator().manual_seed(count)
-    hidden = experts.slab.fields["down_proj"].shape[0]
-    x = torch.randn(count, hidden, generator=dice).to(experts.dtype)
-    slots = torch.randint(-1, len(experts.matrices), (count, ranks), generator=dice)
-    return x, slots.int(), torch.rand(count, ranks, generator=dice)
+@pytest.mark.parametrize(("format", "dtype", "stored"), WAYS)
+def test_many_tokens(format: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+    some = experts(format, dtype, stored)
+    x, slots, _ = some.event(37, 2)
+    near(pairs(some.kernel, x, slots, many=True), some.pairs(x, slots))
 
 
-def near(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """As near as two orders of summation are, with a rounding between and one at the end."""
-    steps = {FP32: 2e-6, FP16: 4e-3, BF16: 3e-2}[wanted.dtype]
-    torch.testing.assert_close(got, wanted, rtol=steps, atol=steps)
+@pytest.mark.parametrize("format", [STORED, "int8", "int4"])
+def test_few_is_pairs_then_sum(format: str) -> None:
+    some = experts(format, BF16, BF16)
+    x, slots, weights = some.event(8, 2)
+    outs = pairs(some.kernel, x, slots)
+    near(outs, some.pairs(x, slots))
+    assert same(some.kernel.few(x, slots, weights), some.kernel.sum(outs, weights))
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(torch.equal(a.view(torch.uint8), b.view(torch.uint8)))
+def test_pairs_that_come_one_after_the_other_are_the_same() -> None:
+    some = experts(STORED, BF16, BF16)
+    x, slots, _ = some.event(4, 3)
+    into = torch.zeros(4, 3, some.hidden, dtype=BF16)
+    for expert in (3, 0, 4, 1, 2):
+        some.kernel.pairs(x, torch.where(slots == expert, slots, -1), into)
+    assert same(into, pairs(some.kernel, x, slots))
 
 
-WAYS = [
-    (STORED, BF16, BF16), (STORED, FP16, FP16), (STORED, FP32, FP32), (STORED, FP32, BF16),
-    (STORED, BF16, FP32), ("int8", BF16, BF16), ("int8", FP32, BF16), ("int4", BF16, BF16),
-    ("int4", FP16, BF16), ("int4", FP32, BF16),
-]  # fmt: skip
+def test_a_token_is_the_same_in_company() -> None:
+    some = experts(STORED, BF16, BF16)
+    x, slots, weights = some.event(8, 2)
+    together = some.kernel.few(x, slots, weights)
+    for one in (slice(0, 1), slice(5, 6)):
+        assert same(some.kernel.few(x[one], slots[one], weights[one]), together[one])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_an_expert_of_many_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    some = experts(STORED, dtype, dtype)
+    x, slots, _ = some.event(37, 2)
+    alone = torch.where(slots == 2, slots, -1)
+    assert same(
+        pairs(some.kernel, x, alone, many=True)[slots == 2],
+        pairs(some.kernel, x, slots, many=True)[slots == 2],
+    )
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_nobody_computes_stays_as_it_is(many: bool) -> None:
+    some = experts("int8", BF16, BF16)
+    x, slots, _ = some.event(6, 2)
+    into = torch.full((6, 2, some.hidden), 7, dtype=BF16)
+    (some.kernel.many if many else some.kernel.pairs)(x, slots, into)
+    assert (slots < 0).any()
+    assert bool((into[slots < 0] == 7).all())
+    near(into[slots >= 0], some.pairs(x, slots)[slots >= 0])
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_nobody_at_all(many: bool) -> None:
+    some = experts(STORED, BF16, BF16)
+    x, slots, weights = some.event(3, 2)
+    nobody = torch.full_like(slots, -1)
+    assert not pairs(some.kernel, x, nobody, many).any()
+    assert not some.kernel.few(x, nobody, weights).any()
+
+
+def test_a_free_slot_is_not_read() -> None:
+    """Neither for a pair without an expert nor because it is the first: it may hold NaN."""
+    some = experts(STORED, BF16, BF16)
+    x, slots, weights = some.event(8, 2)
+    some.arena[: some.slot_bytes] = 255
+    slots = torch.where(slots == 0, -1, slots)
+    assert bool(some.kernel.few(x, slots, weights).isfinite().all())
+
+
+@pytest.mark.parametrize("format", [STORED, "int8", "int4"])
+def test_other_tiles_differ_by_rounding_only(format: str) -> None:
+    some = experts(format, BF16, BF16)
+    x, slots, weights = some.event(1, 2)
+    near(some.swiglu(tiles=SMALL).few(x, slots, weights), some.kernel.few(x, slots, weights))
+
+
+@pytest.mark.parametrize("weights_dtype", [BF16, FP32])
+def test_the_sum_is_rounded_once(weights_dtype: torch.dtype) -> None:
+    """A number that bf16 cannot add to 1, three times, can be added to 1 together."""
+    some = Experts(8, 8, count=1)
+    outs = torch.tensor([1.0, 2**-9, 2**-9, 2**-9])[None, :, None].expand(1, 4, 8).to(BF16)
+    got = some.kernel.sum(outs.contiguous(), torch.ones(1, 4, dtype=weights_dtype))
+    assert got.tolist() == [[1 + 2**-7] * 8]
+
+
+@pytest.mark.parametrize(("rows", "distinct"), [(1, 9), (2, 9), (4, 3), (16, 9)])
+def test_blocks(rows: int, distinct: int) -> None:
+    """Against cutting each run of equal slots into pieces."""
+    for seed in range(20):
+        dice = torch.Generator().manual_seed(seed)
+        slots = torch.randint(-1, distinct, (seed + 1,), generator=dice).sort().values
+        runs = [(slots == s).nonzero().flatten().tolist() for s in range(distinct)]
+        wanted = [run[i] for run in runs for i in range(0, len(run), rows)]
+        found = _blocks(slots, rows, distinct).tolist()
+        assert found == wanted + [len(slots)] * (len(found) - len(wanted))
+
+
+def test_a_row_of_weights_takes_whole_turns() -> None:
+    """11 chunks at up to 4 at a time: three turns of 4, not two of 5 and not eleven of 1."""
+    slab = Experts(11 * 256, 8, count=1).slab
+    options = _rows(_matrix(slab, "gate_up_proj", STORED), Strip(lanes=32, unroll=4))
+    assert options["T"].chunk == 256
+    assert options["T"].unroll == 4
+    assert _rows(_matrix(slab, "down_proj", STORED), Strip(unroll=4))["T"].unroll == 1
+
+
+def _slab(format: str = STORED, transposed: bool = False, **fields: torch.Tensor) -> Slab:
+    return Slab.of(layout_of(fields, format), transposed=transposed)
+
+
+def test_what_the_kernels_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {"gate_up_proj": torch.empty(8, 4), "down_proj": torch.empty(4, 4)}
+    assert why_not(_slab(**two), STORED, FP32) is None
+    assert why_not(_slab(**two), "fp8", FP32) == "no kernel reads fp8"
+    assert why_not(_slab(**two), STORED, torch.float64) == "no kernel for torch.float64"
+    assert "transposed" in str(why_not(_slab(transposed=True, **two), STORED, FP32))
+    biased = {**two, "down_proj_bias": torch.empty(4)}
+    assert "down_proj_bias" in str(why_not(_slab(**biased), STORED, FP32))
+    monkeypatch.setattr("understudy.experts.device.swiglu.find_spec", lambda name: None)
+    assert why_not(_slab(**two), STORED, FP32) == "triton is not installed"
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_packed_experts_can_be_read(format: str) -> None:
+    assert why_not(experts(format, BF16, BF16).slab, format, BF16) is None
+
+
+def test_bytes_that_must_be_read() -> None:
+    some = Experts(64, 32, "int8", count=1)
+    assert weight_bytes(some.slab, 3) == 3 * (3 * 64 * 32 + 4 * (2 * 32 + 64))
