@@ -12,7 +12,7 @@ for the slabs, and for a staging slot per reading thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ from understudy.assembly import Built, Minds, host_mlps, make_director
 from understudy.captured import NotCaptured, Step
 from understudy.core import BudgetTooSmall, Costs, ExpertId, UnderstudyError, current_forward
 from understudy.experts.compute import ExpertMlp
-from understudy.experts.device import Device, DeviceFull, ends
+from understudy.experts.device import Device, DeviceFull, ends, tuning
 from understudy.experts.device.compute import DeviceCompute, Kernel
 from understudy.experts.device.driven import Driven
 from understudy.experts.device.host import HostTier
@@ -125,6 +125,8 @@ class OnDevice:
             lookahead=Lookahead(guest.routers(model, a.modules), _products(), minds.foresight),
             costs=costs,
         )
+        if director.ample:
+            _bring_all(director, queue, a.layouts)
         facts = {
             "device": device.name,
             "kernel": "triton" if all(kernels) else "torch",
@@ -200,7 +202,7 @@ class OnDevice:
             compute.slots.slot_bytes,
             torch.tensor(addresses),
             nbytes,
-            k=guest.experts_per_token(self.a.checkpoint.config),
+            k=self._top_k,
             foresee=_Foreseen(runtime.lookahead) if ahead else None,
             most=SPECULATION // nbytes,
         )
@@ -275,16 +277,25 @@ class OnDevice:
         """Our kernel for each layer, or for none where it does not apply to all."""
         why = self._why_not_triton(mlps, dtype)
         if why is None:
-            pairs = FEW * max(1, guest.experts_per_token(self.a.checkpoint.config))
-            format, arena, size = self.a.checkpoint.format, slots.arena, slots.slot_bytes
-            return [
-                Swiglu(self.device, slab, format, dtype, arena, size, pairs) for slab in self.slabs
-            ]
+            return [self._kernel(slab, slots, dtype) for slab in self.slabs]
         if self.o.kernel == "triton":
             raise UnderstudyError(f"--kernel triton is not possible: {why}; use --kernel torch")
         if self.o.kernel == "auto":
             notes.append(f"note: torch computes, one expert at a time: {why}")
         return [None] * len(mlps)
+
+    def _kernel(self, slab: Slab, slots: DeviceSlots, dtype: torch.dtype) -> Swiglu:
+        """With the tiles that were measured for experts like these; an interpreter that stands in
+        for a device would measure itself."""
+        format, k = self.a.checkpoint.format, self._top_k
+        where = self.device, slab, format, dtype, slots.arena, slots.slot_bytes
+        compiled = self.device.torch_device.type != "cpu"
+        tiles = tuning.choose(tuning.Trial(*where, k)).tiles if compiled else None
+        return Swiglu(*where, FEW * k, tiles=tiles)
+
+    @property
+    def _top_k(self) -> int:
+        return max(1, guest.experts_per_token(self.a.checkpoint.config))
 
     def _why_not_triton(self, mlps: Sequence[ExpertMlp], dtype: torch.dtype) -> str | None:
         if self.o.kernel == "torch":
@@ -312,6 +323,13 @@ class OnDevice:
             host_bandwidth=found.host_beside,
             host_further=found.host_further,
         )
+
+
+def _bring_all(director: Director, queue: DeviceQueue, experts: Iterable[ExpertId]) -> None:
+    """There is a slot for everybody: nobody needs to miss first."""
+    loads = [(expert, director.book.reserve(expert)) for expert in experts if expert in queue.host]
+    queue.demand_all(loads)
+    queue.settle()
 
 
 class _Foreseen:

@@ -38,6 +38,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def answer(source: Path, memory: str = "1GiB", **options: Any) -> tuple[torch.Tensor, Counters]:
     """[steps, vocabulary] logits of a greedy answer, and what was counted."""
+    options = {"kernel": "torch", **options}
     with understudy.load(source, memory, max_context=64, **options) as model:
         found = say(model)
         runtime = model.understudy.runtime
@@ -48,7 +49,7 @@ def answer(source: Path, memory: str = "1GiB", **options: Any) -> tuple[torch.Te
 
 
 def loaded(source: Path, **options: Any) -> Any:
-    return understudy.load(source, device="pretend", max_context=64, **options)
+    return understudy.load(source, device="pretend", kernel="torch", max_context=64, **options)
 
 
 def say(model: Any) -> torch.Tensor:
@@ -161,13 +162,10 @@ def test_a_budget_that_is_too_small_says_what_would_do(tiny: Any, pretend: Any) 
     with pytest.raises(
         BudgetTooSmall, match=r"device memory 65536 bytes is too small.*try --device-memory"
     ) as found:
-        understudy.load(source, device="pretend", device_memory="64KiB", max_context=64)
-    model = understudy.load(
-        source, device="pretend", device_memory=found.value.smallest_bytes, max_context=64
-    )
-    model.understudy.close()
+        loaded(source, device_memory="64KiB")
+    loaded(source, device_memory=found.value.smallest_bytes).understudy.close()
     with pytest.raises(BudgetTooSmall, match="host copies"):
-        understudy.load(source, "16KiB", device="pretend", max_context=64)
+        loaded(source, memory="16KiB")
 
 
 def test_a_device_with_less_room_than_it_said(tiny: Any, pretend: Any) -> None:
