@@ -237,10 +237,9 @@ def _memory() -> Memory:
 
 def _experts(crowd: kernels.Crowd) -> Experts:
     rates = ends.host(crowd)
-    rows = crowd.mlp.native_rows
     return Experts(
         expert_bytes=crowd.expert_bytes,
-        kernel=f"native:{rows}" if rows else "torch",
+        kernel="native" if crowd.mlp.native_rows else "torch",
         why_not_native=native.why_not(),
         bandwidth=rates.bandwidth,
         further=rates.further,

@@ -119,6 +119,13 @@ def test_the_exact_run_is_at_no_distance_from_itself(opened: Session) -> None:
     assert v.nll == pytest.approx(np.concatenate([t.nll for t in opened.baseline.texts]).mean())
 
 
+def test_rounding_otherwise_is_no_broken_promise_and_no_loss(opened: Session) -> None:
+    rounded = replace(opened.baseline_verdict(), exact=False, equivalent=True, identical=False)
+    assert not (rounded.lossy or rounded.broken or rounded.never_acted or rounded.uncounted)
+    assert Policy.parse("lrfu+cpu-split").equivalent
+    assert not Policy.parse("lrfu+buddy").equivalent and not Policy.parse("lrfu").equivalent
+
+
 @pytest.mark.parametrize("name", ["understudy", "no-cache", "lfu+popularity"])
 def test_lossless_policies_differ_in_nothing(opened: Session, name: str) -> None:
     v = opened.judge(Policy.parse(name), nothing)

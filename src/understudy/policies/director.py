@@ -20,6 +20,9 @@ from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency, Slot, State
 
 LEAST = 0.5  # a guess that is wrong more often than right takes the link from one that is right
+FOLLOWERS = (
+    16  # of those computed in place, the newest: more than idle moments between layers carry
+)
 
 
 class _Names(dict[int, ExpertId]):
@@ -56,6 +59,7 @@ class Director:
         self.nbytes, self.ample = nbytes, ample
         self.counters = Counters()
         self._wanted: set[ExpertId] = set()  # predicted, and their layer has not come yet
+        self._followers: dict[ExpertId, None] = {}  # computed in place, newest last; see `foresee`
         self._names: dict[int, _Names] = {}
 
     # ---------------------------------------------------------------------------------- one event
@@ -94,22 +98,43 @@ class Director:
             return [], (), ()
         fetch, in_place = self.resolver.resolve(event, missing, self.book)
         self.counters.computed_in_place += len(in_place)
+        for expert in in_place:
+            self._followers.pop(expert, None)
+            self._followers[expert] = None
         served = {*fetch, *in_place}
         return list(fetch), tuple(in_place), tuple(e for e in missing if e not in served)
 
     def foresee(self, event: LayerEvent) -> tuple[Guess, ...]:
         """Guesses worth issuing after ``event``, soonest and likeliest first. An empty answer
-        cancels the old ones. Asked once per event, after `decide`."""
+        cancels the old ones. Asked once per event, after `decide`.
+
+        Last come those that were computed in place: whoever was needed once may be again, and where
+        nobody else needs the link they follow. Without that the cache would age, because what is
+        never fetched is never a hit.
+        """
         self.predictor.observe(event)
         guesses = self.predictor.predict(event) if self.switch.on else []
-        self._wanted = {g.expert for g in guesses}
+        followers = self._following() if self._followers else []
+        self._wanted = {g.expert for g in guesses} | self._followers.keys()
         if not guesses:
-            return ()
+            return tuple(followers)
         self.predictor.resident([g for g in guesses if g.expert in self.book])
         missing = [g for g in guesses if g.probability >= LEAST and g.expert not in self.book]
         useful = [g for g in missing if self.resolver.would_fetch(g.expert)]
         useful.sort(key=lambda g: (g.layers_until, -g.probability))
-        return tuple(useful)
+        return (*useful, *followers)
+
+    def _following(self) -> list[Guess]:
+        """Those computed in place that have not arrived yet, newest first: as likely as the evictor
+        thinks, so that they replace nobody likelier."""
+        waiting = [e for e in reversed(self._followers) if not self.book.ready(e)][:FOLLOWERS]
+        self._followers = dict.fromkeys(reversed(waiting))
+        chances = ((e, self.evictor.chance(e)) for e in waiting if e not in self.book)
+        return [
+            Guess(e, 1.0 if chance is None else chance, self.evictor.layers)
+            for e, chance in chances
+            if self.resolver.would_fetch(e)
+        ]
 
     def wanted(self, expert: ExpertId) -> bool:
         """Whether ``expert`` is predicted and its layer has not come yet."""

@@ -250,7 +250,7 @@ class Simulation:
         )
         self.outcome = Outcome(len(director.book.slots))
         self._hands = Counters()  # what the runtime counts, not the director
-        silent = isinstance(director.predictor, NoPrediction)
+        silent = isinstance(director.predictor, NoPrediction) and not director.resolver.needs_device
         self._plain = silent and not director.route.wants_foretold
         self._costs = Costs()
         self._forward: tuple[int, Phase] | None = None  # step and phase of the one under way

@@ -10,7 +10,7 @@ from unit.policies.traces import at_random, event
 
 from understudy.core import ExpertId, Guess, LayerEvent, LayerPlan, Load, Phase
 from understudy.policies import MissResolver, Predictor, Resolution
-from understudy.policies.director import Director
+from understudy.policies.director import FOLLOWERS, Director
 from understudy.policies.predict import SelfSwitch
 from understudy.policies.residency import Residency, State
 from understudy.policies.resolve import Fetch
@@ -205,6 +205,55 @@ def test_a_resolver_hears_of_every_event_after_it_was_asked_about_it() -> None:
         carry_out(d, e)
     assert resolver.asked == [([ExpertId(0, 0)], 0), ([ExpertId(0, 2)], 2)]
     assert [len(needed) for needed in resolver.told] == [1, 1, 2]
+
+
+class InPlace(MissResolver):
+    """Everything but expert 9 is computed in place."""
+
+    def resolve(
+        self, event: LayerEvent, missing: Sequence[ExpertId], book: Residency
+    ) -> Resolution:
+        here = [e for e in missing if e.expert != 9]
+        return Resolution([e for e in missing if e.expert == 9], here)
+
+    def would_fetch(self, expert: ExpertId) -> bool:
+        return expert.expert != 7
+
+
+def test_those_computed_in_place_follow_after_the_guesses_newest_first() -> None:
+    d = direct(3, {1: [guess(2, 0)]}, resolver=InPlace())
+    assert foreseen(d, event(0, 0, 7)) == (
+        guess(0, 0, 1.0, ahead=LAYERS),
+    )  # 7 would not be fetched
+    found = foreseen(d, event(1, 1))
+    assert found == (guess(2, 0), guess(1, 1, 1.0, ahead=LAYERS), guess(0, 0, 1.0, ahead=LAYERS))
+    speculate(d, found[1])
+    assert d.place(found[2]) is not None  # under way: it stays wanted, and is not asked for again
+    assert foreseen(d, event(3, 9)) == ()
+    assert d.wanted(ExpertId(0, 0)) and not d.wanted(ExpertId(1, 1))
+    arrive(d, ExpertId(0, 0))
+    assert foreseen(d, event(3, 9)) == ()
+    assert not d.wanted(ExpertId(0, 0))
+    assert d.decide(event(0, 0)).hits == (ExpertId(0, 0),)
+
+
+def test_a_follower_replaces_nobody_likelier() -> None:
+    d = direct(1, evictor="lrfu", resolver=InPlace())
+    for step in range(3):
+        carry_out(d, event(0, 9, step=step))
+    (rare,) = foreseen(d, event(0, 2))
+    assert 0 < rare.probability < (d.evictor.chance(ExpertId(0, 9)) or 0)
+    assert d.place(rare) is None
+    for step in range(20):
+        (now_common,) = foreseen(d, event(0, 2, step=step))
+    assert d.place(now_common) is not None
+
+
+def test_only_the_newest_follow() -> None:
+    d = direct(2, resolver=InPlace())
+    for expert in range(10, 60):
+        found = foreseen(d, event(0, expert))
+    assert [g.expert.expert for g in found] == list(range(59, 59 - FOLLOWERS, -1))
 
 
 # -------------------------------------------------------------------------------------------- waves

@@ -21,6 +21,7 @@ import torch
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
+from understudy import native
 from understudy.core import ByteRange, ExpertLayout, Piece
 from understudy.experts import kernels
 from understudy.experts.compute import ExpertMlp
@@ -41,7 +42,6 @@ TIMES_FASTER = 1000  # further tokens that take no time that can be measured
 
 Clock = Callable[[], float]
 
-
 # An expert of Qwen3-30B-A3B, 9.4 MB: what a processor is tried with where no model was named.
 HIDDEN, WIDTH = 2048, 768
 CROWD_BYTES = 512 * MIB  # more than the caches of large processors hold
@@ -55,8 +55,9 @@ class _Swiglu:
     _apply_gate = _default_apply_gate
 
 
-def typical(*, kernel: str = "auto", cold_bytes: int = CROWD_BYTES) -> kernels.Crowd:
-    """Experts as many models have them, and the kernel that a load would choose for them."""
+def typical(cold_bytes: int = CROWD_BYTES) -> kernels.Crowd:
+    """Experts as many models have them, with the kernel that is quicker now: a choice that is kept
+    is left to loads."""
     matrices = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
     params, start = {}, 0
     for name, shape in matrices.items():
@@ -64,9 +65,16 @@ def typical(*, kernel: str = "auto", cold_bytes: int = CROWD_BYTES) -> kernels.C
         start += 2 * prod(shape)
     layout = ExpertLayout((ByteRange(0, 0, start),), params)
     mlp = ExpertMlp(_Swiglu())
-    mlp.native_rows = kernels.choose(kernel, mlp, layout, torch.bfloat16).rows
     most = 1 + cold_bytes // start
-    return kernels.Crowd(mlp, layout, torch.bfloat16, cold_bytes=cold_bytes, most=most)
+    crowd = kernels.Crowd(mlp, layout, torch.bfloat16, cold_bytes=cold_bytes, most=most)
+    ways = (0,) if native.library() is None else (0, kernels.NATIVE_ROWS)
+    mlp.native_rows = max(ways, key=lambda rows: _rate_with(crowd, rows))
+    return crowd
+
+
+def _rate_with(crowd: kernels.Crowd, native_rows: int) -> float:
+    crowd.mlp.native_rows = native_rows
+    return _rate(crowd, FEW, time.perf_counter, SECONDS)
 
 
 class Work(Protocol):
