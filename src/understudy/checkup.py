@@ -26,6 +26,7 @@ from understudy import plan as planning
 from understudy.core import UnderstudyError
 from understudy.experts import kernels
 from understudy.experts.device import Device, cuda, ends
+from understudy.experts.device.pinned import Pinnable, probe
 from understudy.policies.resolve import Ends, automatic, fetched
 
 Report = Callable[[int, int], None]
@@ -36,6 +37,7 @@ DISK_BLOCKS = (256 << 10, 1 << 20, 4 << 20)
 DISK_BYTES = 64 * planning.MIB  # read for each pair of them
 SCRATCH_BYTES = 128 * planning.MIB  # written where there is nothing to read
 BUSY = 0.5  # of the processors wanted by others
+PINNED_BYTES = 8 * planning.GIB  # tried at most: more takes seconds, and says little more
 TOP_K = 8  # misses of one event, at most, where no model says how many
 
 
@@ -90,7 +92,8 @@ class Experts:
 class Accelerator:
     """One that torch sees. Only one is ``measured``: ``triton`` is None where a kernel could be
     built and run, else why not; ``ends``, and the ``resolver`` for them (its name, and why), are
-    None where the measurement was ``refused``."""
+    None where the measurement was ``refused``; ``pinnable``: host memory that could be pinned, of
+    at most `PINNED_BYTES` that were tried."""
 
     index: int
     name: str
@@ -101,6 +104,7 @@ class Accelerator:
     ends: Ends | None = None
     resolver: tuple[str, str] | None = None
     refused: str | None = None
+    pinnable: Pinnable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +326,11 @@ def _accelerators(measured: Device | None, crowd: kernels.Crowd, bar: Bar) -> It
 
 
 def _measured(device: Device, crowd: kernels.Crowd, report: Report) -> dict[str, Any]:
-    facts: dict[str, Any] = {"measured": True, "triton": triton_why_not(device)}
+    facts: dict[str, Any] = {
+        "measured": True,
+        "triton": triton_why_not(device),
+        "pinnable": probe(device, min(PINNED_BYTES, planning.free_memory() // 2)),
+    }
     report(1, 2)
     try:
         both = ends.both(device, crowd)

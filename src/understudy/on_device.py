@@ -44,6 +44,7 @@ from understudy.policies.director import Director
 from understudy.turns import DEVICE, HOST, Rows, Turns
 
 KERNELS = ("auto", "triton", "torch")
+MOST_TRIED = 256  # experts that the processor is timed on: of small ones, no more fill a cache
 
 
 def _cuda(asked: str) -> Device:
@@ -316,7 +317,11 @@ class OnDevice:
                 f"--resolver {self.o.resolver}: the experts of {self.a.name} end in a norm, which "
                 "is on the device; use --resolver fetch"
             )
-        crowd = Crowd(beside[0], self.a.layout_of(0), model.dtype, cold_bytes=ends.CROWD_BYTES)
+        most = 1 + ends.CROWD_BYTES // self.a.expert_bytes
+        crowd = Crowd(
+            beside[0], self.a.layout_of(0), model.dtype,
+            cold_bytes=ends.CROWD_BYTES, most=min(most, MOST_TRIED),
+        )  # fmt: skip
         found = ends.both(self.device, crowd)
         return beside, Costs(
             link_bandwidth=found.link_beside,

@@ -49,7 +49,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``accelerator(ends)``: an H100 whose measurement answers so, or raises."""
 
-    def put(found: Ends | UnderstudyError, triton: str | None = None) -> None:
+    def put(
+        found: Ends | UnderstudyError, triton: str | None = None, refused: str | None = None
+    ) -> None:
         def both(device: Any, crowd: Any) -> Ends:
             if isinstance(found, UnderstudyError):
                 raise found
@@ -60,6 +62,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(machine, "driver", lambda: "570.86.15")
         monkeypatch.setattr(ends, "both", both)
         monkeypatch.setattr(checkup, "triton_why_not", lambda device: triton)
+        monkeypatch.setattr(checkup, "probe", lambda device, most: Pinnable(8 << 30, 1.5, refused))
 
     return put
 
@@ -233,6 +236,7 @@ def test_a_slow_link_is_helped_by_the_processor(
     assert said["accelerator"].startswith("NVIDIA driver 570.86.15")
     assert said["cuda:0"] == "H100, 80 GiB, compute capability 9.0"
     assert said["cuda:0 Triton"] == "works: a kernel was built and ran"
+    assert said["cuda:0 pinned"] == "8 GiB of host memory in 1.5 s; no more was tried"
     assert said["cuda:0 link"] == (
         "25 GB/s from pinned memory, 20 GB/s beside the processor; 9 GB/s from pageable memory"
     )
@@ -255,9 +259,11 @@ def test_a_fast_link_is_left_alone(understudy: Command, models: Path, accelerato
 def test_memory_that_cannot_be_pinned_is_told(
     understudy: Command, models: Path, accelerator: Any
 ) -> None:
-    accelerator(PinningRefused("the system refuses to pin 256 MiB"))
+    accelerator(PinningRefused("the system refuses to pin 256 MiB"), refused="CUDA error 2")
     ended = understudy("doctor")
     assert ended.code == 0
+    pinned = facts(ended.out)["cuda:0 pinned"]
+    assert pinned.startswith("8 GiB of host memory, then refused: CUDA error 2. ")
     assert facts(ended.out)["cuda:0 link"] == "not measured: the system refuses to pin 256 MiB"
     assert "cuda:0 phi" not in ended.out
 

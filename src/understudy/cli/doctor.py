@@ -18,6 +18,7 @@ from understudy.cli.options import Json, option
 
 if TYPE_CHECKING:
     from understudy.checkup import Accelerator, Checkup, Disk, Memory
+    from understudy.experts.device.pinned import Pinnable
 
 
 def doctor(
@@ -130,6 +131,8 @@ def _accelerator(seen: Accelerator) -> Iterator[tuple[str, str]]:
     if not seen.measured:
         return
     yield f"{name} Triton", seen.triton or "works: a kernel was built and ran"
+    if seen.pinnable is not None:
+        yield f"{name} pinned", _pinnable(seen.pinnable)
     if seen.ends is None:
         yield f"{name} link", f"not measured: {seen.refused}"
         return
@@ -144,6 +147,17 @@ def _accelerator(seen: Accelerator) -> Iterator[tuple[str, str]]:
     beside = f"{rate(both.host_beside)} beside the link"
     yield f"{name} processor", f"{rate(both.host)} of experts' weights, {beside}"
     yield f"{name} phi", _phi(seen)
+
+
+def _pinnable(found: Pinnable) -> str:
+    """How much, and where more was tried, what the system said."""
+    from understudy.experts.device.pinned import memlock_advice
+    from understudy.plan import shown_size
+
+    size = shown_size(found.nbytes)
+    if found.refusal is None:
+        return f"{size} of host memory in {found.seconds:.1f} s; no more was tried"
+    return f"{size} of host memory, then refused: {found.refusal}. {memlock_advice()}"
 
 
 def _phi(seen: Accelerator) -> str:
