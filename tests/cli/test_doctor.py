@@ -12,6 +12,7 @@ from cli.conftest import Command
 from understudy import checkup, machine, native, plan
 from understudy.core import UnderstudyError
 from understudy.experts.device import PinningRefused, cuda, ends
+from understudy.experts.device.pinned import Pinnable
 from understudy.policies.resolve import Ends
 
 H100 = cuda.Seen(0, "H100", 80 << 30, "9.0")
