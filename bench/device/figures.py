@@ -54,12 +54,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Of a model. ``dense_bytes``: read for every token; an untied embedding is not."""
+    """Of a model. ``resident_bytes``: all that is not experts; ``dense_bytes``: what of it is read
+    for every token, which of an untied embedding is one row."""
 
     layers: int
     experts: int
     top_k: int
     expert_bytes: int
+    resident_bytes: int
     dense_bytes: int
     trained: bool
     words: str
@@ -292,8 +294,8 @@ TARGET_COLUMNS: tuple[Column, ...] = (
 
 
 def prefill_row(head: Row, turns: Sequence[Turn], once_bytes: int | None, rates: Rates) -> Row:
-    """``once_bytes``: the experts that the prompt touches and the device does not hold, each
-    once."""
+    """``once_bytes``: of the experts that the prompt touches, each once; some may be there from
+    the round before."""
     if not turns:
         return {**head, "rounds": 0}
     found = [turn.ttft for turn in turns]

@@ -6,7 +6,7 @@ engines, models, cells. Each figure is the best of a few: it stands for what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from bench.device import adapter
 from understudy import formats
 from understudy import plan as planning
-from understudy.core import STORED, ByteRange, ExpertLayout, Piece
+from understudy.core import STORED, ByteRange, ExpertLayout, Piece, UnderstudyError
 from understudy.experts.device import Device
 from understudy.experts.device.slab import Slab
 
@@ -41,28 +41,19 @@ Figure = dict[str, Any]  # name, of, rate (bytes/s), share; what else is known
 NAMES = ("link", "device", "cpu", "expert bf16", "expert int8", "expert int4", "gather")
 
 
-def measure(
-    device: Device, sizes: Sizes, rates: Mapping[str, float], names: tuple[str, ...] = NAMES
-) -> Iterator[Figure]:
-    """The figures of ``names``. ``rates``: what was measured before, as ``link`` and ``device``,
-    of which the kernels reach a share."""
-    known = dict(rates)
-    for name in names:
-        figure = _one(name, device, sizes, known)
-        if name in ("link", "device"):
-            known[name] = figure["rate"]
-        yield figure
-
-
-def _one(name: str, device: Device, sizes: Sizes, rates: Mapping[str, float]) -> Figure:
+def one(name: str, device: Device | None, sizes: Sizes, rates: Mapping[str, float]) -> Figure:
+    """The figure called ``name``. ``rates``: what was measured before, ``link`` and ``device``
+    among it, of which the kernels reach a share."""
     what, _, format = name.partition(" ")
+    if what == "cpu":
+        rate = planning.memory_bandwidth(sizes.cpu, repeats=3)
+        return {"name": name, "of": "reading CPU memory", "rate": rate}
+    if device is None:
+        raise UnderstudyError("needs an accelerator")
     if what == "link":
         return {"name": name, "of": "copy engine, pinned memory", "rate": link(device, sizes)}
     if what == "device":
         return {"name": name, "of": "reading device memory", "rate": device_memory(device, sizes)}
-    if what == "cpu":
-        rate = planning.memory_bandwidth(sizes.cpu, repeats=3)
-        return {"name": name, "of": "reading CPU memory", "rate": rate}
     if what == "gather":
         rate, how = gather(device, sizes)
         return {"name": name, "of": "of link", "rate": rate, "how": how,

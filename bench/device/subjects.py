@@ -185,7 +185,8 @@ def _recorded(name: str, trace: Path, wanted: Wanted) -> Subject:
 
 def _move_on(engine: Any, row: int) -> None:
     """The next round's position 0 is this row of the record."""
-    engine.model.place.offset.fill_(row)
+    with torch.inference_mode():  # as the engine's own work
+        engine.model.place.offset.fill_(row)
 
 
 # ------------------------------------------------------------------------------------------ facts
@@ -194,12 +195,14 @@ def _move_on(engine: Any, row: int) -> None:
 def facts_of(anatomy: Anatomy, trained: bool, words: str) -> Facts:
     config = anatomy.checkpoint.config
     dtype = anatomy.dtype("auto")
+    resident = anatomy.dense_bytes(dtype)
     return Facts(
         layers=len(anatomy.modules),
         experts=len(anatomy.layouts),
         top_k=guest.experts_per_token(config),
         expert_bytes=anatomy.expert_bytes,
-        dense_bytes=anatomy.dense_bytes(dtype) - _embedding_bytes(anatomy, dtype.itemsize),
+        resident_bytes=resident,
+        dense_bytes=resident - _embedding_bytes(anatomy, dtype.itemsize),
         trained=trained,
         words=words,
     )

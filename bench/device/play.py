@@ -1,0 +1,315 @@
+"""A cell: everybody who fits is loaded, then rounds in turns, then what each of them said and took.
+
+Knows: alternation, groups where memory does not hold everybody, what equal answers are. Does not
+know: other cells, tables, processes. What goes wrong with one way is its row, not the others'.
+
+The first and the last round are not timed: their logits are kept, and compared bit by bit with
+those of the run in which every expert is on the device. What is timed lies between the two. Caches
+begin cold, as in the record; only the resident run has read every text once before.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.device import adapter
+from bench.device.adapter import Spot
+from bench.device.host_time import host_time, profiled
+from bench.device.players import Need, Own, Peer, Player, need
+from bench.device.subjects import Subject
+from bench.device.ways import ALL_RESIDENT, LOSSY, RESIDENT, Way
+from understudy import plan as planning
+from understudy.experts.device import Device
+
+Row = dict[str, Any]
+Emit = Callable[[Row], None]
+# Where the host's time is looked at: at 50 percent, of one way of each kind.
+PROFILED_AT, PROFILED = 50, ("device", "lru+hint")
+SHORT, LONG = 2, 10  # tokens of the answers that are profiled
+
+
+class DeviceLost(Exception):
+    """The device answers nothing any more: this process must end."""
+
+
+# ----------------------------------------------------------------------------------- who fits
+
+
+def groups(
+    needs: Sequence[tuple[Way, Need]], device: int, host: int
+) -> tuple[list[list[Way]], list[tuple[Way, str]]]:
+    """Ways that fit beside each other into so many bytes, in order; and those that do not fit even
+    alone, with the reason."""
+    found: list[list[Way]] = []
+    refused = []
+    room = Need(-1, -1)
+    for way, needed in needs:
+        for name, bytes_needed, all_of_it in (
+            ("device", needed.device, device), ("host", needed.host, host),
+        ):  # fmt: skip
+            if bytes_needed > all_of_it:
+                size = planning.shown_size
+                reason = f"needs {size(bytes_needed)} of {name} memory, {size(all_of_it)} are free"
+                refused.append((way, reason))
+                break
+        else:
+            if needed.device > room.device or needed.host > room.host:
+                found.append([])
+                room = Need(device, host)
+            found[-1].append(way)
+            room = Need(room.device - needed.device, room.host - needed.host)
+    return found, refused
+
+
+# ------------------------------------------------------------------------------- equal answers
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Logits [tokens, vocabulary] of the compared rounds, and the texts they were about."""
+
+    logits: Sequence[torch.Tensor]
+    answers: Sequence[Sequence[int]]
+
+    def nll(self) -> float:
+        """Nats per token of the dictated text."""
+        total = torch.zeros((), dtype=torch.float64)
+        for logits, answer in zip(self.logits, self.answers, strict=True):
+            chances = logits.double().log_softmax(-1)
+            total -= chances.gather(1, torch.tensor(answer)[:, None]).sum()
+        return float(total) / sum(map(len, self.answers))
+
+    def equals(self, other: Said) -> str:
+        """``yes``: bit by bit. ``tokens``: the same favourite token everywhere. Else ``no``."""
+        pairs = list(zip(self.logits, other.logits, strict=True))
+        if all(torch.equal(a, b) for a, b in pairs):
+            return "yes"
+        same = all(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in pairs)
+        return "tokens" if same else "no"
+
+
+# ---------------------------------------------------------------------------------------- a cell
+
+
+@dataclass
+class Table:
+    """Where cells of one subject are played. ``until``: asked before anything is loaded; ``emit``
+    is told of rows, and of who is about to play."""
+
+    subject: Subject
+    spot: Spot
+    device: Device | None
+    emit: Emit
+    time_left: Callable[[], bool] = lambda: True
+    reference: Said | None = None
+    without_reference: bool = False  # it could not be had: nobody is compared
+    _keeper: Own | None = field(default=None, init=False)
+
+    def play(self, percent: int, ways: Sequence[Way]) -> None:
+        """Rows of one cell, in groups. The first cell of a subject plays the resident run too."""
+        if self.reference is None and not self.without_reference:
+            self._group(100, [ALL_RESIDENT], RESIDENT)
+            self.without_reference = self.reference is None
+        able = []
+        for way in ways:
+            reason = self._why_not(way)
+            if reason:
+                self.emit(self._row(way, percent, skipped=reason))
+            else:
+                able.append(way)
+        device, host = self._room()
+        shared = self._keep_host_tier(host)
+        needs = [(way, need(way, self.subject.facts, percent, shared)) for way in able]
+        fitting, refused = groups(needs, device, host)
+        for way, reason in refused:
+            self.emit(self._row(way, percent, skipped=reason))
+        for number, group in enumerate(fitting):
+            if self.time_left():
+                self._group(percent, group, f"{percent}/{number}")
+            else:
+                for way in group:
+                    self.emit(self._row(way, percent, skipped="no time was left"))
+
+    def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.close()
+            self._keeper = None
+
+    def _why_not(self, way: Way) -> str | None:
+        if not way.peer:
+            return adapter.lacking(way, self.spot)
+        if self.subject.folder is None:
+            return "cannot load a checkpoint whose experts share one file"
+        return None if self.spot.accelerated else "needs an accelerator"
+
+    def _room(self) -> tuple[int, int]:
+        """Free bytes of device and host."""
+        free = max(0, planning.free_memory() - planning.RESERVE_BYTES)
+        return (free if self.device is None else self.device.free_bytes()), free
+
+    def _keep_host_tier(self, free: int) -> bool:
+        """One engine that stays, so that the others need not pin all experts again."""
+        if not adapter.can_share() or not self.spot.accelerated:
+            return False
+        if self._keeper is None and self.subject.facts.all_expert_bytes < free:
+            few = Way("keeper", "", "bit-exact", {"predictor": "none"}, slots="2k")
+            self._keeper = Own(self.subject, few, 0, self.spot, self.device)
+        return self._keeper is not None
+
+    def _open(self, way: Way, percent: int) -> Player:
+        if way.peer:
+            return Peer(self.subject, percent)
+        beside = None if self._keeper is None else self._keeper.engine
+        return Own(self.subject, way, percent, self.spot, self.device, beside)
+
+    # ------------------------------------------------------------------------------ one group
+
+    def _group(self, percent: int, ways: Sequence[Way], group: str) -> None:
+        seats = [_Seat(way) for way in ways]
+        try:
+            with ExitStack() as stack:
+                for seat in seats:
+                    self.emit({"began": seat.way.name})
+                    with self._answering_for(seat):
+                        seat.player = self._open(seat.way, percent)
+                        stack.callback(seat.close)
+                self._rounds(seats)
+                for seat in seats:
+                    self._finish(seat, percent, group)
+        except DeviceLost:
+            for seat in seats:  # what was timed before stands
+                lost = seat.failed or "the device was lost while another row ran"
+                row = self._row(seat.way, percent, group=group, skipped=lost, turns=seat.turns)
+                self.emit(row)
+            raise
+        self._forget()
+
+    def _rounds(self, seats: Sequence[_Seat]) -> None:
+        for seat in seats:
+            if seat.way.name == RESIDENT:
+                self._warm(seat)
+        for number in range(len(self.subject.prompts)):
+            for seat in seats:
+                self._round(seat, number)
+
+    def _warm(self, seat: _Seat) -> None:
+        """Everybody whom these texts need is there before anything is timed."""
+        for number in range(len(self.subject.prompts)):
+            with self._answering_for(seat):
+                if seat.player is not None:
+                    seat.player.answer(number)
+
+    def _round(self, seat: _Seat, number: int) -> None:
+        if seat.player is None:
+            return
+        self.emit({"began": seat.way.name})
+        compared = number in (0, len(self.subject.prompts) - 1)
+        with self._answering_for(seat):
+            found = seat.player.answer(number, keep_logits=compared and not seat.way.peer)
+            if not compared:
+                seat.turns.append(found.turn.as_dict())
+            elif found.logits is not None:
+                seat.logits.append(found.logits)
+                seat.answers.append(self.subject.answers[number])
+
+    def _finish(self, seat: _Seat, percent: int, group: str) -> None:
+        """What became of it, as a row."""
+        known: Row = {}
+        if seat.player is not None:
+            known = {"notes": seat.player.notes()}
+            said = Said(seat.logits, seat.answers) if len(seat.logits) == 2 else None
+            if seat.way.name == RESIDENT:
+                self.reference = said
+            elif said is not None and self.reference is not None:
+                known |= self._compared(said, seat.way)
+            looked_at = percent == PROFILED_AT and seat.way.name in PROFILED
+            if self.device is not None and looked_at and isinstance(seat.player, Own):
+                with self._answering_for(seat):
+                    known |= _host_time(seat.player)
+        row = self._row(seat.way, percent, group=group, skipped=seat.failed, turns=seat.turns)
+        self.emit({**row, **known})
+
+    def _compared(self, said: Said, way: Way) -> Row:
+        assert self.reference is not None
+        known: Row = {"exact": said.equals(self.reference)}
+        if self.subject.facts.trained and way.promise == LOSSY:
+            known["delta_nll"] = round(said.nll() - self.reference.nll(), 4)
+            known["nll_tokens"] = sum(map(len, said.answers))
+        return known
+
+    def _row(self, way: Way, percent: int, **more: Any) -> Row:
+        return {
+            "model": self.subject.name,
+            "budget_fraction": percent / 100,
+            "contestant": way.name,
+            "promise": way.promise,
+            "driven": way.driven,
+            "layers": self.subject.facts.layers,
+            **more,
+        }
+
+    def _answering_for(self, seat: _Seat) -> _Responsible:
+        return _Responsible(seat, self.device)
+
+    def _forget(self) -> None:
+        """What the engines of a group held is free before the next group is loaded."""
+        gc.collect()
+        if self.device is not None:
+            self.device.free_bytes()  # empties torch's own store of free blocks, too
+
+
+@dataclass
+class _Seat:
+    way: Way
+    player: Player | None = None
+    failed: str | None = None
+    turns: list[Row] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    answers: list[Sequence[int]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Whatever it still holds is given back; that this fails is no news about any row."""
+        player, self.player = self.player, None
+        if player is not None:
+            try:
+                player.close()
+            except Exception:
+                traceback.print_exc()
+
+
+class _Responsible:
+    """What goes wrong inside is the seat's reason. A device that answers nothing any more ends all:
+    `DeviceLost`."""
+
+    def __init__(self, seat: _Seat, device: Device | None) -> None:
+        self._seat, self._device = seat, device
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        traceback.print_exception(error)
+        self._seat.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self._device is not None:
+            try:
+                self._device.compute.record().synchronize()
+            except RuntimeError:
+                raise DeviceLost(self._seat.failed) from error
+        self._seat.close()
+        return True
+
+
+def _host_time(player: Own) -> Row:
+    """By profiling a short answer and a longer one."""
+    profiles = [profiled(lambda n=n: player.shorter(1, n), n) for n in (SHORT, LONG)]
+    return host_time(*profiles)
+
+
