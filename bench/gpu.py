@@ -18,8 +18,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from understudy.core import UnderstudyError
 
 Row = dict[str, Any]
 PREPARE_SECONDS = 240.0  # a model that takes longer is not waited for
-GRACE = 20.0  # seconds that a cell which is under way may take beyond the budget
+GRACE = 45.0  # seconds that what is under way may take beyond the budget
 PREFILL_ROWS = ("lru+hint", "accelerate")
 SMALL = micro.Sizes(hidden=64, width=32, k=2, arena=1 << 20, device=1 << 22, link=1 << 22,
                     cpu=64 << 20, repeats=2)  # fmt: skip
@@ -101,8 +102,8 @@ class Run:
     absent: dict[str, str] = field(default_factory=dict)  # model -> why
     shifts: dict[str, Shift] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """Every child imports and makes its model, all at once."""
+    def start(self, kinds: Iterable[str]) -> None:
+        """A child for every kind of work imports and makes its model, all at once."""
         o = self.options
         wanted = subjects.Wanted(
             rounds=o.rounds, prompt_tokens=o.prompt_tokens, new_tokens=o.new_tokens,
@@ -110,12 +111,11 @@ class Run:
             small=o.smoke,
         )  # fmt: skip
         common: Message = {"device": o.device, "profile": o.profile}
-        asked = {"micro": common} | {
-            model: {**common, "model": model, "wanted": asdict(wanted)} for model in o.models
-        }
-        for name, prepare in asked.items():
+        for name in dict.fromkeys(map(_shift, kinds)):
+            model = {} if name == "micro" else {"model": name, "wanted": asdict(wanted)}
+            prepare = {**common, **model}
             log = o.work / f"{name}.log"
-            self.shifts[name] = Shift(prepare, PREPARE_SECONDS, lambda log=log: Child(log))
+            self.shifts[name] = Shift(prepare, PREPARE_SECONDS, partial(Child, log))
             self.shifts[name].begin()
         for name, shift in self.shifts.items():
             try:
@@ -226,6 +226,11 @@ class Run:
         }
 
 
+def _shift(kind: str) -> str:
+    """Who does work of this kind: prompts are read by the twin's process."""
+    return "twin" if kind == "prefill" else kind
+
+
 def _head(raw: Message) -> Row:
     return {"skipped": None, **{k: v for k, v in raw.items() if k != "turns"}}
 
@@ -244,13 +249,12 @@ def text_of(results: Row) -> str:
         parts.append(show.table(results["cells"], figures.COLUMNS))
     if results["prefill"]:
         parts.append(show.table(results["prefill"], figures.PREFILL_COLUMNS))
-    if results["micro"]:
-        parts.append(show.table([_as_row(f) for f in results["micro"]], figures.MICRO_COLUMNS))
+    parts.append(_parts(results["micro"]))
     targets = [{**target, "rounds": 1} for target in results["targets"]]
     parts.append(show.table(targets, figures.TARGET_COLUMNS))
     if results["left_out"]:
         parts.append("\n".join(f"left out: {name}" for name in results["left_out"]))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _models(found: dict[str, Row]) -> str:
@@ -263,12 +267,12 @@ def _models(found: dict[str, Row]) -> str:
     )
 
 
-def _as_row(figure: Message) -> Row:
-    """As `show.table` wants it: one without a figure is its reason."""
-    return {
-        "rounds": int(figure["rate"] is not None), "model": "micro", "budget_fraction": None,
-        "contestant": figure["name"], "skipped": None, **figure,
-    }  # fmt: skip
+def _parts(found: Sequence[Message]) -> str:
+    """Memories and kernels alone."""
+    known = [{"rounds": 1, **figure} for figure in found if figure["rate"] is not None]
+    lines = [show.table(known, figures.MICRO_COLUMNS)] if known else []
+    lines += [f"{f['name']}: not measured, {f['skipped']}" for f in found if f["rate"] is None]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -277,7 +281,7 @@ def _as_row(figure: Message) -> Row:
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trace", type=Path, help="a public route CSV, for qwen3")
-    parser.add_argument("--recall", type=float, default=0.9, help="assumed, for qwen3 (%(default)s)")
+    parser.add_argument("--recall", type=float, default=0.9, help="of qwen3, assumed (%(default)s)")
     parser.add_argument("--budget-minutes", type=float, default=8.0, help="(%(default)s)")
     parser.add_argument("--models", help=f"of {', '.join(subjects.NAMES)} (twin,qwen3)")
     parser.add_argument("--rows", help=f"of {', '.join(ways.NAMES)}; default: all")
@@ -293,7 +297,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the JSON there, too")
     parser.add_argument("--smoke", action="store_true", help="small models, on the CPU if need be")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
-    if given is None and "--smoke" in sys.argv or given is not None and "--smoke" in given:
+    if "--smoke" in (sys.argv if given is None else given):
         parser.set_defaults(
             rounds=2, prompt_tokens=32, new_tokens=9, long_prompt=64, budgets="50", device="cpu"
         )
@@ -329,11 +333,15 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
 def measured(options: argparse.Namespace) -> Row:
     """Everything there is time for. The results."""
     run = Run(options, TimeBudget(60 * options.budget_minutes))
+    models = list(options.models)
+    if "qwen3" in models and options.trace is None:
+        models.remove("qwen3")
+        run.absent["qwen3"] = "needs the recorded routing, --trace FILE"
+    tasks = schedule.tasks(models, options.budgets, options.only)
     try:
-        run.start()
-        for task in schedule.tasks(options.models, options.budgets, options.only):
-            model = "twin" if task.kind == "prefill" else task.kind
-            if model not in run.absent and run.budget.allows(task):
+        run.start(task.kind for task in tasks)
+        for task in tasks:
+            if _shift(task.kind) not in run.absent and run.budget.allows(task):
                 show.say(f"{run.budget.spent:4.0f} s  {task.name}")
                 with run.budget.spending(task):
                     run.carry_out(task)

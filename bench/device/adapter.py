@@ -186,7 +186,6 @@ def notes(engine: Engine) -> Mapping[str, Any]:
     return {name: str(policies[name]) for name in kept if policies.get(name)}
 
 
-
 # ------------------------------------------------------------------------------------ the kernels
 
 MOST_MOVES = 64  # experts of one list of the gather kernel

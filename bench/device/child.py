@@ -24,6 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from understudy.core import UnderstudyError
+
 Emit = Callable[[dict[str, Any]], None]
 
 
@@ -59,7 +61,7 @@ class Desk:
             table = Table(self._state["subject"], self._state["spot"], self._device(), self.emit)
             self._state["table"] = table
         table.without_reference |= without_reference
-        table.time_left = lambda: time.monotonic() < until
+        table.time_left = lambda: until - time.monotonic()
         table.play(percent, self._ways(ways))
 
     def prefill(self, percent: int, ways: list[str], tokens: int, rounds: int) -> None:
@@ -108,9 +110,11 @@ class Desk:
 
 
 def _require(device: Any) -> None:
-    """That the device still answers."""
+    """That the device, where there is one, still answers."""
     from bench.device.play import DeviceLost
 
+    if device is None:
+        return
     try:
         device.compute.record().synchronize()
     except RuntimeError as e:
@@ -118,7 +122,8 @@ def _require(device: Any) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, UnderstudyError) else f"{type(error).__name__}: {text}"
 
 
 def serve(desk: Desk, requests: TextIO, emit: Emit) -> None:

@@ -127,7 +127,7 @@ def floor_of(turns: Sequence[Turn], facts: Facts, rates: Rates) -> float | None:
         if not rates.cpu:
             return None
         times.append(cpu / steps / rates.cpu)
-    return max(times)
+    return float(max(times))
 
 
 def ratio(one: Row, other: Row) -> float | None:
@@ -137,7 +137,7 @@ def ratio(one: Row, other: Row) -> float | None:
         return None
     if one.get("group") is not None and one.get("group") == other.get("group"):
         pairs = zip(one["tpots_ms"], other["tpots_ms"], strict=False)
-        return median(a / b for a, b in pairs)
+        return float(median(a / b for a, b in pairs))
     return float(one["tpot_ms"] / other["tpot_ms"])
 
 
@@ -185,7 +185,8 @@ def _against_the_paper(rows: Sequence[Row]) -> Iterable[Target]:
     name = "TPOT at 50 %: Router-PF / ours, exact"
     cells = list(dict.fromkeys(row["model"] for row in rows)) or [""]
     for model in cells:
-        cell = [r for r in rows if r["model"] == model and r["budget_fraction"] == 0.5 and r.get("rounds")]
+        half = [r for r in rows if r["model"] == model and r["budget_fraction"] == 0.5]
+        cell = [r for r in half if r.get("rounds")]
         paper = next((r for r in cell if r["contestant"] == PAPER), None)
         found = [
             (times, r["contestant"])

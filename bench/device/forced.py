@@ -106,7 +106,7 @@ def corrupted(ids: torch.Tensor, experts: int, recall: float, seed: int) -> torc
 # ------------------------------------------------------------------------------- the model class
 
 
-class ForcedConfig(Qwen3MoeConfig):
+class ForcedConfig(Qwen3MoeConfig):  # type: ignore[misc]
     """``trace_tokens``: how many tokens the tables know; later ones begin again."""
 
     trace_tokens: int = 1
@@ -310,7 +310,7 @@ def _dense(
     """Norms of one, matrices of unit gain, and the tables of the routers."""
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).bfloat16()
     tables = _tables(routes, recall, seed)
-    experts = {key for module in modules for key in module.keys()}
+    experts = {key for module in modules for key in module.keys()}  # noqa: SIM118 (its method)
     for name, tensor in bones.state_dict().items():
         if name in experts:
             continue

@@ -115,7 +115,7 @@ def device_memory(device: Device, sizes: Sizes) -> float:
 
 def best(stream: Any, run: Callable[[], int], repeats: int) -> float:
     """Bytes per second of the fastest run, by the device's clock; the first is not counted."""
-    found = []
+    found: list[float] = []
     for _ in range(repeats + 1):
         begun = stream.record(timed=True)
         nbytes = run()
@@ -141,7 +141,7 @@ def layout(matrices: Mapping[str, torch.Tensor], format: str) -> ExpertLayout:
 def packed(format: str, hidden: int, width: int) -> dict[str, torch.Tensor]:
     """One random expert in ``format``, by the names of its parts."""
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, shape in (("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))):
         matrix = (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
         parts = {"": matrix} if format == STORED else formats.get(format).pack(matrix)

@@ -11,10 +11,13 @@ begin cold, as in the record; only the resident run has read every text once bef
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -100,17 +103,18 @@ class Said:
 
 @dataclass
 class Table:
-    """Where cells of one subject are played. ``until``: asked before anything is loaded; ``emit``
-    is told of rows, and of who is about to play."""
+    """Where cells of one subject are played. ``emit`` is told of rows, and of who is about to play;
+    ``time_left``, in seconds, is asked before a group is loaded."""
 
     subject: Subject
     spot: Spot
     device: Device | None
     emit: Emit
-    time_left: Callable[[], bool] = lambda: True
+    time_left: Callable[[], float] = lambda: inf
     reference: Said | None = None
     without_reference: bool = False  # it could not be had: nobody is compared
     _keeper: Own | None = field(default=None, init=False)
+    _longest: float = field(default=0.0, init=False)  # seconds that a group took
 
     def play(self, percent: int, ways: Sequence[Way]) -> None:
         """Rows of one cell, in groups. The first cell of a subject plays the resident run too."""
@@ -131,7 +135,7 @@ class Table:
         for way, reason in refused:
             self.emit(self._row(way, percent, skipped=reason))
         for number, group in enumerate(fitting):
-            if self.time_left():
+            if self.time_left() > self._longest:
                 self._group(percent, group, f"{percent}/{number}")
             else:
                 for way in group:
@@ -172,6 +176,7 @@ class Table:
     # ------------------------------------------------------------------------------ one group
 
     def _group(self, percent: int, ways: Sequence[Way], group: str) -> None:
+        started = time.monotonic()
         seats = [_Seat(way) for way in ways]
         try:
             with ExitStack() as stack:
@@ -190,6 +195,7 @@ class Table:
                 self.emit(row)
             raise
         self._forget()
+        self._longest = max(self._longest, time.monotonic() - started)
 
     def _rounds(self, seats: Sequence[_Seat]) -> None:
         for seat in seats:
@@ -309,7 +315,5 @@ class _Responsible:
 
 def _host_time(player: Own) -> Row:
     """By profiling a short answer and a longer one."""
-    profiles = [profiled(lambda n=n: player.shorter(1, n), n) for n in (SHORT, LONG)]
-    return host_time(*profiles)
-
-
+    short, long = (profiled(partial(player.shorter, 1, tokens), tokens) for tokens in (SHORT, LONG))
+    return host_time(short, long)

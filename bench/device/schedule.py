@@ -3,8 +3,8 @@
 Knows: kinds of work, how long the last of a kind took, the most informative order. Does not know:
 how anything is measured.
 
-A lent accelerator is there for minutes. So the budgets that say most come first, and what would
-not end in time is left out by name instead of being cut in half.
+An accelerator may be there for minutes. So the budgets that say most come first, and what would not
+end in time is left out by name.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ class TimeBudget:
         return self._took.get(kind, FIRST_GUESS.get(kind, 60.0))
 
     def allows(self, task: Task) -> bool:
-        """Whether it would end in time; if not, it is remembered as left out."""
-        if self.expected(task.kind) <= self.left:
+        """Whether it would end in time, or half of a cell would: its first rows say most, and it
+        stops by itself. If not, it is remembered as left out."""
+        least = self.expected(task.kind) * (1.0 if task.percent is None else 0.5)
+        if least <= self.left:
             return True
-        self.left_out.append(
-            f"{task.name}: {max(0.0, self.left):.0f} s left, {self.expected(task.kind):.0f} needed"
-        )
+        left = max(0.0, self.left)
+        self.left_out.append(f"{task.name}: {left:.0f} s were left, {least:.0f} needed")
         return False
 
     @contextmanager

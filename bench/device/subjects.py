@@ -1,4 +1,4 @@
-"""The models that are measured, made on the spot: wide twins of a trained model, and a recorded one.
+"""The models that are measured, made on the spot: wide twins of a trained one, and a recorded one.
 
 Knows: which sizes there are and what each is for, where they are kept, what they are asked to read
 and write. Does not know: who runs them, or how fast.

@@ -342,8 +342,9 @@ def load(
 
     ``source``: a local folder, a hub id, or a checkpoint taken apart already. ``memory``: "8GiB",
     "50%" of the checkpoint, "auto", or bytes; it covers dense weights, expert slots, KV cache and
-    working memory. Further options are those of `Options`. Returns a genuine `PreTrainedModel` (also a context manager) that carries
-    ``model.understudy``. Raises `UnderstudyError` and its children, one line each.
+    working memory. Further options are those of `Options`. Returns a genuine `PreTrainedModel`
+    (also a context manager) that carries ``model.understudy``. Raises `UnderstudyError` and its
+    children, one line each.
     """
     asked = chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
