@@ -6,7 +6,8 @@
 One command: it looks what is missing, makes its models, measures memory, link and kernels, plays
 every cell it has time for (the most informative first), and prints one table, the targets, and
 JSON as the last line. ``--trace`` is a public route CSV of Qwen3-30B-A3B; without it the rows of
-``qwen3`` are left out by name. Models, logs and results are kept in the cache folder (`--work`).
+``qwen3`` are left out by name. Models are kept in the cache folder, logs and what is known so far
+in ``--work``. Before a long run, ``--smoke --device cuda`` tries everything once with small models.
 
 Models and rows are described in `bench/device/subjects.py` and `bench/device/ways.py`. Each model
 is measured in a process of its own: one that the GPU took down costs a row, not the run.
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path[:1] = [str(ROOT), str(ROOT / "src")]  # a machine that is lent may have no install
 
 from bench import card as cards
 from bench import show

@@ -6,7 +6,8 @@ rounds, tables. What this version of the engine cannot do yet is told by name (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -58,31 +59,60 @@ def lacking(way: Way, spot: Spot) -> str | None:
         require("lru", "none", **names)
     except UnderstudyError as e:
         return str(e)
+    if way.options.get("resolver", "fetch") != "fetch" and not spot.accelerated:
+        return "needs an accelerator"
     return None
-
-
-def can_share() -> bool:
-    """Whether an engine can use another one's host tier instead of pinning its own."""
-    return "beside" in KNOWN
 
 
 def open_engine(
     source: Any, way: Way, spot: Spot, *, slots: int | str, need: int, beside: Engine | None = None,
     **settings: Any,
 ) -> Engine:  # fmt: skip
-    """``slots``: on the device; ``settings``: further options."""
+    """``slots``: on the device; ``settings``: further options. ``beside``: an engine of the same
+    source that stays open, whose host memory is used instead of pinning all experts again."""
     options = {k: v for k, v in way.options.items() if k in KNOWN}
-    if beside is not None and can_share():
-        options["beside"] = beside
-    return Engine(source, slots=slots, **spot.options(need), **options, **settings)
+    with nullcontext() if beside is None else _lent(beside):
+        return Engine(source, slots=slots, **spot.options(need), **options, **settings)
+
+
+@contextmanager
+def _lent(lender: Engine) -> Iterator[None]:
+    """While inside, an engine that is opened borrows the host tier of ``lender``. Nobody writes to
+    one that holds every expert, and engines of a benchmark take turns, so it may be shared; no user
+    needs that, so the engine has no option for it."""
+    from understudy import on_device
+
+    own = on_device.OnDevice._host
+    tier = lender.model.understudy.runtime.compute.host
+    assert tier.holds_all
+    on_device.OnDevice._host = lambda *args: _Borrowed(tier)
+    try:
+        yield
+    finally:
+        on_device.OnDevice._host = own
+
+
+class _Borrowed:
+    """A host tier that its borrower cannot close."""
+
+    def __init__(self, tier: Any) -> None:
+        self._tier = tier
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tier, name)
+
+    def __contains__(self, expert: object) -> bool:
+        return expert in self._tier
+
+    def close(self) -> None: ...
 
 
 def open_device(spot: Spot) -> Device | None:
     if not spot.accelerated:
         return None
-    from understudy.experts.device.cuda import open_cuda
+    from understudy.on_device import open_device
 
-    return open_cuda(spot.device)
+    return open_device(spot.device)
 
 
 # ----------------------------------------------------------------------------------- one answer
@@ -112,10 +142,10 @@ def answer(
     logits = None
     if generation.logits is not None:
         logits = torch.stack([step.cpu() for step in generation.logits])
-    return Answer(_turn(generation, marks.seconds), logits)
+    return Answer(_turn(generation, marks.seconds, engine.plan.expert_bytes), logits)
 
 
-def _turn(generation: Generation, device_seconds: float | None) -> Turn:
+def _turn(generation: Generation, device_seconds: float | None, expert_bytes: int) -> Turn:
     decode: Counters = generation.decode_counters
     prompt: Counters = generation.counters - decode
     steps = len(generation.tokens) - 1
@@ -126,7 +156,7 @@ def _turn(generation: Generation, device_seconds: float | None) -> Turn:
         device_seconds=device_seconds,
         read_bytes=decode.bytes_read,
         needed_bytes=max(0, decode.bytes_read - decode.wasted_bytes),
-        cpu_bytes=getattr(decode, "cpu_bytes", 0),
+        cpu_bytes=getattr(decode, "computed_in_place", 0) * expert_bytes,
         lookups=decode.lookups,
         hits=decode.hits,
         late=decode.late,

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -51,7 +51,7 @@ class Desk:
             self.emit({"facts": subject.facts.as_dict()})
 
     def cell(
-        self, percent: int, ways: list[str], within: float, without_reference: bool = False
+        self, percent: int, ways: list[str], within: float, without: Sequence[str] = ()
     ) -> None:
         from bench.device.play import Table
 
@@ -60,7 +60,7 @@ class Desk:
         if table is None:
             table = Table(self._state["subject"], self._state["spot"], self._device(), self.emit)
             self._state["table"] = table
-        table.without_reference |= without_reference
+        table.without |= set(without)
         table.time_left = lambda: until - time.monotonic()
         table.play(percent, self._ways(ways))
 

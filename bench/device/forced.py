@@ -16,10 +16,11 @@ it says. Two things must be said wherever its figures stand:
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -38,7 +39,6 @@ from understudy.checkpoint import Checkpoint, TensorInfo
 from understudy.checkpoint.files import BITS
 from understudy.core import UnderstudyError
 from understudy.loading import Anatomy
-from understudy.trace import import_csv
 
 DISTINCT = 8  # different experts in the file
 PAGE = 4096
@@ -61,17 +61,26 @@ class Routes:
 
     @classmethod
     def read(cls, path: Path) -> Routes:
-        """The first text of a public route CSV (`understudy.trace.import_csv`)."""
-        trace = import_csv(path)
-        events = next(trace.by_sequence())
-        layers = trace.shape.layers
-        steps = [events[i : i + layers] for i in range(0, len(events), layers)]
-        if any([e.layer for e in step] != list(range(layers)) for step in steps):
-            raise UnderstudyError(f"{path}: a step of it lacks layers; record it again")
-        prompt = len(steps[0][0].ids)
-        ids = torch.cat([_table([e.ids for e in step]) for step in steps])
-        weights = torch.cat([_table([e.weights for e in step]) for step in steps])
-        return cls(ids, weights, prompt, max(trace.shape.experts))
+        """The first text of a public route CSV. Not by `understudy.trace`, which needs pyarrow: a
+        machine that is lent for minutes has what torch needs and little else."""
+        lines = path.read_text(encoding="utf-8").splitlines()
+        told = dict(word.partition("=")[::2] for line in lines if line[:1] == "#"
+                    for word in line.split())  # fmt: skip
+        if not {"n_expert", "n_expert_used"} <= told.keys():
+            raise UnderstudyError(f"{path}: not a route CSV, its head tells no n_expert_used")
+        found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+        for row in csv.DictReader(line for line in lines if line[:1] != "#"):
+            if row["turn"] == "0":
+                pair = int(row["expert"]), float(row["weight"])
+                found.setdefault((_step(row), int(row["layer"])), []).append(pair)
+        k, layers = int(told["n_expert_used"]), 1 + max(layer for _, layer in found)
+        steps = [[found.get((step, layer), []) for layer in range(layers)]
+                 for step in dict.fromkeys(step for step, _ in found)]  # fmt: skip
+        if any(not pairs or len(pairs) % k for step in steps for pairs in step):
+            raise UnderstudyError(f"{path}: a step of it lacks layers or ranks; record it again")
+        tables = torch.cat([_table(step, k) for step in steps])
+        ids, weights = tables[..., 0].long(), tables[..., 1].float()
+        return cls(ids, weights, len(steps[0][0]) // k, int(told["n_expert"]))
 
     @property
     def tokens(self) -> int:
@@ -82,12 +91,18 @@ class Routes:
         return Routes(self.ids[:, :layers], self.weights[:, :layers], self.prompt, self.experts)
 
 
-def _table(rows_of_layers: Sequence[Sequence[Sequence[float]]]) -> torch.Tensor:
-    """[tokens, layers, k]. Of a prompt, some programs run the last layer for its last token only:
-    there the tokens before it get the same row."""
-    count = max(map(len, rows_of_layers))
-    full = [[*[rows[0]] * (count - len(rows)), *rows] for rows in rows_of_layers]
-    return torch.tensor(full).transpose(0, 1)
+def _step(row: Mapping[str, str]) -> int:
+    """All of the prompt is one step."""
+    return int(row["step"]) if row["phase"] == "1" else -1
+
+
+def _table(layers: Sequence[Sequence[tuple[int, float]]], k: int) -> torch.Tensor:
+    """[tokens, layers, k, 2], fp64, of one step. Of a prompt, some programs run the last layer for
+    its last token only: there the tokens before it get the same row."""
+    tokens = max(map(len, layers)) // k
+    rows = [torch.tensor(pairs, dtype=torch.float64).view(-1, k, 2) for pairs in layers]
+    full = [torch.cat([row[:1].expand(tokens - len(row), -1, -1), row]) for row in rows]
+    return torch.stack(full, dim=1)
 
 
 def corrupted(ids: torch.Tensor, experts: int, recall: float, seed: int) -> torch.Tensor:

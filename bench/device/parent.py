@@ -140,8 +140,6 @@ class Shift:
             try:
                 self.prepared()
                 assert self._child is not None
-                if began and began not in names:
-                    request["without_reference"] = True
                 for message in self._child.ask(do, seconds(), **{key: todo}, **request):
                     began = message.get("began", began)
                     finished = tell(message)
@@ -156,6 +154,8 @@ class Shift:
                 if blamed:
                     failed[blamed] = str(e)
                     todo.remove(blamed)
+                elif began and began not in names:  # it is nobody's row, but was in the way
+                    request["without"] = [*request.get("without", ()), began]
                 if seconds() <= 0:
                     return failed | dict.fromkeys(todo, "no time was left")
         return failed | dict.fromkeys(todo, "it was not answered")

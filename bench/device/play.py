@@ -29,6 +29,7 @@ from bench.device.players import Need, Own, Peer, Player, need
 from bench.device.subjects import Subject
 from bench.device.ways import ALL_RESIDENT, LOSSY, RESIDENT, Way
 from understudy import plan as planning
+from understudy.core import UnderstudyError
 from understudy.experts.device import Device
 
 Row = dict[str, Any]
@@ -36,6 +37,10 @@ Emit = Callable[[Row], None]
 # Where the host's time is looked at: at 50 percent, of one way of each kind.
 PROFILED_AT, PROFILED = 50, ("device", "lru+hint")
 SHORT, LONG = 2, 10  # tokens of the answers that are profiled
+# Nobody plays it: its host memory is what the others use.
+KEEPER = Way(
+    "keeper", "", "bit-exact", {"predictor": "none", "decode": "host", "frame": "eager"}, slots="2k"
+)
 
 
 class DeviceLost(Exception):
@@ -112,15 +117,17 @@ class Table:
     emit: Emit
     time_left: Callable[[], float] = lambda: inf
     reference: Said | None = None
-    without_reference: bool = False  # it could not be had: nobody is compared
+    without: set[str] = field(default_factory=set)  # resident, keeper: could not be had
     _keeper: Own | None = field(default=None, init=False)
     _longest: float = field(default=0.0, init=False)  # seconds that a group took
 
     def play(self, percent: int, ways: Sequence[Way]) -> None:
         """Rows of one cell, in groups. The first cell of a subject plays the resident run too."""
-        if self.reference is None and not self.without_reference:
+        shared = self._keep_host_tier()
+        if self.reference is None and RESIDENT not in self.without:
             self._group(100, [ALL_RESIDENT], RESIDENT)
-            self.without_reference = self.reference is None
+            if self.reference is None:  # nobody is compared
+                self.without.add(RESIDENT)
         able = []
         for way in ways:
             reason = self._why_not(way)
@@ -129,7 +136,6 @@ class Table:
             else:
                 able.append(way)
         device, host = self._room()
-        shared = self._keep_host_tier(host)
         needs = [(way, need(way, self.subject.facts, percent, shared)) for way in able]
         fitting, refused = groups(needs, device, host)
         for way, reason in refused:
@@ -158,13 +164,18 @@ class Table:
         free = max(0, planning.free_memory() - planning.RESERVE_BYTES)
         return (free if self.device is None else self.device.free_bytes()), free
 
-    def _keep_host_tier(self, free: int) -> bool:
-        """One engine that stays, so that the others need not pin all experts again."""
-        if not adapter.can_share() or not self.spot.accelerated:
-            return False
-        if self._keeper is None and self.subject.facts.all_expert_bytes < free:
-            few = Way("keeper", "", "bit-exact", {"predictor": "none"}, slots="2k")
-            self._keeper = Own(self.subject, few, 0, self.spot, self.device)
+    def _keep_host_tier(self) -> bool:
+        """One engine that stays, so that the others need not pin all experts again: reading and
+        pinning 57 GB takes longer than anything that is measured."""
+        if self._keeper is not None or KEEPER.name in self.without or not self.spot.accelerated:
+            return self._keeper is not None
+        if self.subject.facts.all_expert_bytes < self._room()[1]:
+            self.emit({"began": KEEPER.name})
+            try:
+                self._keeper = Own(self.subject, KEEPER, 0, self.spot, self.device)
+            except UnderstudyError:
+                traceback.print_exc()  # then each has its own, as far as there is room
+                self.without.add(KEEPER.name)
         return self._keeper is not None
 
     def _open(self, way: Way, percent: int) -> Player:

@@ -444,6 +444,35 @@ def test_a_cell_says_who_is_exact(subject: Subject) -> None:
     assert json.dumps(list(rows.values()))
 
 
+def test_a_cell_on_a_device(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in host memory once, whoever plays; and what needs kernels is told."""
+    pretend = pytest.importorskip("pretend", reason="the pretended device is not here")
+    on_device = pytest.importorskip("understudy.on_device", reason="the device tier is not here")
+    devices: list[Any] = []
+
+    def opened(asked: str) -> Any:
+        devices.append(pretend.Pretend(memory=1 << 30))
+        return devices[-1]
+
+    monkeypatch.setitem(on_device.OPENERS, "pretend", opened)
+    monkeypatch.setattr(adapter, "HEADROOM", 64 << 20)
+    subject.settings["kernel"] = "torch"  # ours would need an interpreter
+    found: list[dict[str, Any]] = []
+    table = Table(subject, Spot("pretend"), None, found.append)
+    table.play(50, ways.WAYS)
+    assert [bool(device.pinned_bytes) for device in devices] == [True] + [False] * 7
+    table.close()
+    assert not any(device.pinned_bytes for device in devices)
+    rows = {r["contestant"]: r for r in found if "began" not in r}
+    assert {n: rows[n].get("exact") for n in ("lru", "lru+hint", "on-demand", "router-pf")} == {
+        "lru": "yes", "lru+hint": "yes", "on-demand": "yes", "router-pf": "no",
+    }  # fmt: skip
+    assert rows["lru+hint+cpu"]["exact"] in ("yes", "tokens")
+    assert "triton kernels" in rows["device"]["skipped"]
+    assert rows["lru"]["turns"][0]["read_bytes"] > 0
+    assert rows["resident"]["turns"][0]["read_bytes"] == 0
+
+
 def test_one_that_fails_is_a_row_and_the_others_play(subject: Subject) -> None:
     broken = Way("broken", "", EXACT, {"evictor": "no-such-evictor"})
     (lru,) = ways.chosen("lru")
@@ -457,9 +486,9 @@ def test_without_time_rows_are_left_out_and_without_a_reference_not_compared(
     subject: Subject,
 ) -> None:
     (lru,) = ways.chosen("lru")
-    rows = played(subject, [lru], time_left=lambda: -1.0, without_reference=True)
+    rows = played(subject, [lru], time_left=lambda: -1.0, without={"resident"})
     assert [(r["contestant"], r["skipped"]) for r in rows] == [("lru", "no time was left")]
-    (row,) = played(subject, [lru], without_reference=True)
+    (row,) = played(subject, [lru], without={"resident"})
     assert row["turns"] and "exact" not in row
 
 
@@ -481,7 +510,7 @@ def test_a_lost_device_ends_the_cell_but_what_was_timed_stands(
 
     monkeypatch.setattr(play.Own, "answer", answer)
     found: list[dict[str, Any]] = []
-    table = Table(subject, CPU, Dead(), found.append, without_reference=True)  # type: ignore[arg-type]
+    table = Table(subject, CPU, Dead(), found.append, without={"resident"})  # type: ignore[arg-type]
     with pytest.raises(play.DeviceLost, match="illegal"):
         table.play(50, ways.chosen("lru,lru+hint"))
     rows = {r["contestant"]: r for r in found if "began" not in r}
@@ -525,6 +554,22 @@ def test_a_child_that_ends_or_hangs_is_said_to(tmp_path: Path) -> None:
     with pytest.raises(Lost, match="did not answer"):
         list(other.ask("x", 0.5, names=["hangs"]))
     other.close()
+
+
+def test_who_is_nobody_s_row_is_done_without(tmp_path: Path) -> None:
+    script = SCRIPT.replace(
+        'for name in request.get("names", ()):',
+        """if "keeper" not in request.get("without", ()):
+        print(json.dumps({"began": "keeper"}), flush=True); sys.exit(1)
+    for name in request.get("names", ()):""",
+    )
+    shift = Shift({}, 20.0, lambda: Child(tmp_path / "log", (sys.executable, "-c", script)))
+    rows: list[str] = []
+    failed = shift.carry_out(
+        "x", "names", ["a"], lambda: 5.0, lambda m: rows.append(m.get("row")) or m.get("row")
+    )  # type: ignore[func-returns-value]
+    shift.close()
+    assert failed == {} and "a" in rows
 
 
 @pytest.mark.parametrize("names, expected", [
