@@ -128,13 +128,15 @@ class Run:
 
     def carry_out(self, task: Task) -> None:
         if task.kind == "micro":
-            self._micro()
+            self._micro(micro.NAMES)
+        elif task.kind == "formats":
+            self._micro(micro.FORMATS)
         elif task.kind == "prefill":
             self._prefill(task)
         else:
             self._cell(task)
 
-    def _micro(self) -> None:
+    def _micro(self, names: Sequence[str]) -> None:
         def tell(message: Message) -> str | None:
             if "micro" not in message:
                 return None
@@ -144,7 +146,7 @@ class Run:
         sizes = SMALL if self.options.smoke else micro.Sizes()
         rates = {name: f["rate"] for name, f in self.figures.items() if f["rate"]}
         failed = self.shifts["micro"].carry_out(
-            "micro", "names", micro.NAMES, self._seconds, tell, rates=rates, sizes=asdict(sizes)
+            "micro", "names", names, self._seconds, tell, rates=rates, sizes=asdict(sizes)
         )
         for name, reason in failed.items():
             self.figures[name] = {"name": name, "rate": None, "skipped": reason}
@@ -228,8 +230,8 @@ class Run:
 
 
 def _shift(kind: str) -> str:
-    """Who does work of this kind: prompts are read by the twin's process."""
-    return "twin" if kind == "prefill" else kind
+    """Whose process does work of this kind."""
+    return {"prefill": "twin", "formats": "micro"}.get(kind, kind)
 
 
 def _head(raw: Message) -> Row:
@@ -331,50 +333,63 @@ def _names(text: str, known: Sequence[str], what: str) -> list[str]:
     return found
 
 
-def measured(options: argparse.Namespace) -> Row:
-    """Everything there is time for. The results."""
-    run = Run(options, TimeBudget(60 * options.budget_minutes))
-    models = list(options.models)
+def measure(run: Run) -> None:
+    """Everything there is time for."""
+    options, models = run.options, list(run.options.models)
     if "qwen3" in models and options.trace is None:
         models.remove("qwen3")
         run.absent["qwen3"] = "needs the recorded routing, --trace FILE"
     tasks = schedule.tasks(models, options.budgets, options.only)
-    try:
-        run.start(task.kind for task in tasks)
-        for task in tasks:
-            if _shift(task.kind) not in run.absent and run.budget.allows(task):
-                show.say(f"{run.budget.spent:4.0f} s  {task.name}")
-                with run.budget.spending(task):
-                    run.carry_out(task)
-        return run.results()
-    finally:
-        run.close()
+    run.start(task.kind for task in tasks)
+    for task in tasks:
+        if _shift(task.kind) not in run.absent and run.budget.allows(task):
+            show.say(f"{run.budget.spent:4.0f} s  {task.name}")
+            with run.budget.spending(task):
+                run.carry_out(task)
+
+
+def checked_card(options: argparse.Namespace) -> Row | None:
+    """What is here, told to the person who waits; ``None``: too little is."""
+    lacks = missing(options.device)
+    if lacks:
+        show.say(f"missing: {'; '.join(lacks)}")
+    if any(what.startswith(("an accelerator", "transformers")) for what in lacks):
+        return None
+    card = cards.card({}, f"{options.rounds} rounds in turns, between two that are compared")
+    card["accelerator"] = accelerator(options.device)
+    cards.show(card)
+    show.say(f"accelerator: {card['accelerator'] or 'none, a try on the CPU'}")
+    return card
 
 
 def main(given: Sequence[str] | None = None) -> int:
+    run = None
     try:
         options = arguments(given)
-        lacks = missing(options.device)
-        if lacks:
-            show.say(f"missing: {'; '.join(lacks)}")
-        if any(what.startswith(("an accelerator", "transformers")) for what in lacks):
+        run = Run(options, TimeBudget(60 * options.budget_minutes))
+        card = checked_card(options)
+        if card is None:
             return 2
-        card = cards.card({}, f"{options.rounds} rounds in turns, between two that are compared")
-        card["accelerator"] = accelerator(options.device)
-        cards.show(card)
-        show.say(f"accelerator: {card['accelerator'] or 'none, a try on the CPU'}")
-        results = {**measured(options), "card": card}
+        measure(run)
+        tell(options, {**run.results(), "card": card})
     except UnderstudyError as error:
         show.say(f"error: {error}")
         return 2
+    finally:
+        if run is not None:
+            run.close()
+    return 0
+
+
+def tell(options: argparse.Namespace, results: Row) -> None:
+    """Before anything is closed: a device that hangs must not cost the results."""
     if not options.json:
         print(text_of(results))
         print()
     last = json.dumps(results)
     if options.output:
         options.output.write_text(last + "\n", encoding="utf-8")
-    print(last)
-    return 0
+    print(last, flush=True)
 
 
 if __name__ == "__main__":

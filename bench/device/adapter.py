@@ -72,7 +72,7 @@ def open_engine(
     source that stays open, whose host memory is used instead of pinning all experts again."""
     options = {k: v for k, v in way.options.items() if k in KNOWN}
     with nullcontext() if beside is None else _lent(beside):
-        return Engine(source, slots=slots, **spot.options(need), **options, **settings)
+        return Engine(source, slots=slots, **{**spot.options(need), **options, **settings})
 
 
 @contextmanager
@@ -85,11 +85,11 @@ def _lent(lender: Engine) -> Iterator[None]:
     own = on_device.OnDevice._host
     tier = lender.model.understudy.runtime.compute.host
     assert tier.holds_all
-    on_device.OnDevice._host = lambda *args: _Borrowed(tier)
+    on_device.OnDevice._host = lambda *args: _Borrowed(tier)  # type: ignore
     try:
         yield
     finally:
-        on_device.OnDevice._host = own
+        on_device.OnDevice._host = own  # type: ignore[method-assign]
 
 
 class _Borrowed:
@@ -224,11 +224,14 @@ MOST_MOVES = 64  # experts of one list of the gather kernel
 def expert_kernel(
     device: Device, slab: Slab, format: str, dtype: torch.dtype, arena: torch.Tensor, pairs: int
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """x [T, H], slots int32 [T, k], weights [T, k] -> [T, H], over slots of ``slab.nbytes``."""
-    from understudy.experts.device.swiglu import Swiglu
+    """x [1, H], slots int32 [1, k], weights [1, k] -> [1, H], over slots of ``slab.nbytes``, with
+    the tiles that the engine would use. ``pairs``: k."""
+    from understudy.experts.device import swiglu, tuning
 
-    kernel = Swiglu(device, slab, format, dtype, arena, slab.nbytes, pairs)
-    return kernel.few  # type: ignore[no-any-return]
+    where = device, slab, format, dtype, arena, slab.nbytes
+    compiled = device.torch_device.type != "cpu"  # an interpreter would measure itself
+    tiles = tuning.choose(tuning.Trial(*where, pairs)).tiles if compiled else None
+    return swiglu.Swiglu(*where, pairs, tiles=tiles).few  # type: ignore[no-any-return]
 
 
 def gather_rate(

@@ -38,7 +38,8 @@ class Sizes:
 
 
 Figure = dict[str, Any]  # name, of, rate (bytes/s), share; what else is known
-NAMES = ("link", "device", "cpu", "expert bf16", "expert int8", "expert int4", "gather")
+NAMES = ("link", "device", "cpu", "expert bf16", "gather")
+FORMATS = ("expert int8", "expert int4")  # without a target: measured when all else was
 
 
 def one(name: str, device: Device | None, sizes: Sizes, rates: Mapping[str, float]) -> Figure:

@@ -91,12 +91,12 @@ class Child:
         self._process.wait()
 
     def close(self) -> None:
-        """It finishes what it does and gives everything back."""
+        """It may give everything back by itself; it has nothing to keep."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self.end()
 

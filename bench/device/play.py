@@ -27,7 +27,7 @@ from bench.device.adapter import Spot
 from bench.device.host_time import host_time, profiled
 from bench.device.players import Need, Own, Peer, Player, need
 from bench.device.subjects import Subject
-from bench.device.ways import ALL_RESIDENT, LOSSY, RESIDENT, Way
+from bench.device.ways import ALL_RESIDENT, EXACT, LOSSY, RESIDENT, Way
 from understudy import plan as planning
 from understudy.core import UnderstudyError
 from understudy.experts.device import Device
@@ -39,8 +39,9 @@ PROFILED_AT, PROFILED = 50, ("device", "lru+hint")
 SHORT, LONG = 2, 10  # tokens of the answers that are profiled
 # Nobody plays it: its host memory is what the others use.
 KEEPER = Way(
-    "keeper", "", "bit-exact", {"predictor": "none", "decode": "host", "frame": "eager"}, slots="2k"
-)
+    "keeper", "", EXACT,
+    {"predictor": "none", "decode": "host", "frame": "eager", "kernel": "torch"}, slots="2k",
+)  # fmt: skip
 
 
 class DeviceLost(Exception):

@@ -19,7 +19,8 @@ BUDGETS = (50, 25, 75, 10)  # percent of the experts on the device: the most inf
 # Seconds that work of a kind is expected to take before one of it was done. From then on the last
 # one's time is expected again.
 FIRST_GUESS = {
-    "micro": 45.0,
+    "micro": 75.0,
+    "formats": 45.0,
     "twin": 45.0,
     "twin-large": 120.0,
     "qwen3": 120.0,
@@ -29,7 +30,7 @@ FIRST_GUESS = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """``kind``: micro, prefill, or the model of a cell; ``percent``: of a cell."""
+    """``kind``: micro, formats, prefill, or the model of a cell; ``percent``: of a cell."""
 
     kind: str
     percent: int | None = None
@@ -48,6 +49,7 @@ def tasks(models: Sequence[str], percents: Sequence[int], only: Sequence[str] = 
         *(Task(model, first) for model in models),
         *prefill,
         *(Task(model, percent) for percent in later for model in models),
+        Task("formats"),
     ]
     return [task for task in found if not only or {task.name, task.kind} & set(only)]
 

@@ -198,7 +198,7 @@ def test_the_most_informative_cells_come_first() -> None:
     found = [task.name for task in schedule.tasks(["twin", "qwen3"], schedule.BUDGETS)]
     assert found == [
         "micro", "twin:50", "qwen3:50", "prefill:25", "twin:25", "qwen3:25", "twin:75",
-        "qwen3:75", "twin:10", "qwen3:10",
+        "qwen3:75", "twin:10", "qwen3:10", "formats",
     ]  # fmt: skip
     only = schedule.tasks(["twin", "qwen3"], (50, 25), ["micro", "qwen3", "twin:25"])
     assert [task.name for task in only] == ["micro", "qwen3:50", "twin:25", "qwen3:25"]
