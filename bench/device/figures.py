@@ -280,7 +280,7 @@ PREFILL_COLUMNS: tuple[Column, ...] = (
 MICRO_COLUMNS: tuple[Column, ...] = (
     ("measured", lambda r: r["name"]),
     ("of", lambda r: r.get("of", "")),
-    ("", lambda r: ""),
+    ("with", lambda r: r.get("how", "")),
     ("GB/s", lambda r: "-" if r["rate"] is None else f"{r['rate'] / 1e9:,.1f}"),
     ("share", lambda r: show.percent(r.get("share"))),
 )

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from bench.device import adapter
 from bench.device.adapter import Spot
 from bench.device.host_time import host_time, profiled
-from bench.device.players import Need, Own, Peer, Player, need
+from bench.device.players import Need, Own, Peer, Player, need, why_not
 from bench.device.subjects import Subject
 from bench.device.ways import ALL_RESIDENT, EXACT, LOSSY, RESIDENT, Way
 from understudy import plan as planning
@@ -131,7 +130,7 @@ class Table:
                 self.without.add(RESIDENT)
         able = []
         for way in ways:
-            reason = self._why_not(way)
+            reason = why_not(way, self.subject, self.spot)
             if reason:
                 self.emit(self._row(way, percent, skipped=reason))
             else:
@@ -152,13 +151,6 @@ class Table:
         if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
-
-    def _why_not(self, way: Way) -> str | None:
-        if not way.peer:
-            return adapter.lacking(way, self.spot)
-        if self.subject.folder is None:
-            return "cannot load a checkpoint whose experts share one file"
-        return None if self.spot.accelerated else "needs an accelerator"
 
     def _room(self) -> tuple[int, int]:
         """Free bytes of device and host."""
@@ -189,7 +181,7 @@ class Table:
 
     def _group(self, percent: int, ways: Sequence[Way], group: str) -> None:
         started = time.monotonic()
-        seats = [_Seat(way) for way in ways]
+        seats = [Seat(way) for way in ways]
         try:
             with ExitStack() as stack:
                 for seat in seats:
@@ -209,7 +201,7 @@ class Table:
         self._forget()
         self._longest = max(self._longest, time.monotonic() - started)
 
-    def _rounds(self, seats: Sequence[_Seat]) -> None:
+    def _rounds(self, seats: Sequence[Seat]) -> None:
         for seat in seats:
             if seat.way.name == RESIDENT:
                 self._warm(seat)
@@ -217,14 +209,14 @@ class Table:
             for seat in seats:
                 self._round(seat, number)
 
-    def _warm(self, seat: _Seat) -> None:
+    def _warm(self, seat: Seat) -> None:
         """Everybody whom these texts need is there before anything is timed."""
         for number in range(len(self.subject.prompts)):
             with self._answering_for(seat):
                 if seat.player is not None:
                     seat.player.answer(number)
 
-    def _round(self, seat: _Seat, number: int) -> None:
+    def _round(self, seat: Seat, number: int) -> None:
         if seat.player is None:
             return
         self.emit({"began": seat.way.name})
@@ -237,7 +229,7 @@ class Table:
                 seat.logits.append(found.logits)
                 seat.answers.append(self.subject.answers[number])
 
-    def _finish(self, seat: _Seat, percent: int, group: str) -> None:
+    def _finish(self, seat: Seat, percent: int, group: str) -> None:
         """What became of it, as a row."""
         known: Row = {}
         if seat.player is not None:
@@ -263,18 +255,10 @@ class Table:
         return known
 
     def _row(self, way: Way, percent: int, **more: Any) -> Row:
-        return {
-            "model": self.subject.name,
-            "budget_fraction": percent / 100,
-            "contestant": way.name,
-            "promise": way.promise,
-            "driven": way.driven,
-            "layers": self.subject.facts.layers,
-            **more,
-        }
+        return head_of(self.subject, way, percent) | more
 
-    def _answering_for(self, seat: _Seat) -> _Responsible:
-        return _Responsible(seat, self.device)
+    def _answering_for(self, seat: Seat) -> Responsible:
+        return Responsible(seat, self.device)
 
     def _forget(self) -> None:
         """What the engines of a group held is free before the next group is loaded."""
@@ -284,7 +268,9 @@ class Table:
 
 
 @dataclass
-class _Seat:
+class Seat:
+    """A way and what it has done so far."""
+
     way: Way
     player: Player | None = None
     failed: str | None = None
@@ -302,11 +288,11 @@ class _Seat:
                 traceback.print_exc()
 
 
-class _Responsible:
+class Responsible:
     """What goes wrong inside is the seat's reason. A device that answers nothing any more ends all:
     `DeviceLost`."""
 
-    def __init__(self, seat: _Seat, device: Device | None) -> None:
+    def __init__(self, seat: Seat, device: Device | None) -> None:
         self._seat, self._device = seat, device
 
     def __enter__(self) -> None: ...
@@ -323,6 +309,18 @@ class _Responsible:
                 raise DeviceLost(self._seat.failed) from error
         self._seat.close()
         return True
+
+
+def head_of(subject: Subject, way: Way, percent: int) -> Row:
+    """What every row says of itself."""
+    return {
+        "model": subject.name,
+        "budget_fraction": percent / 100,
+        "contestant": way.name,
+        "promise": way.promise,
+        "driven": way.driven,
+        "layers": subject.facts.layers,
+    }
 
 
 def _host_time(player: Own) -> Row:

@@ -6,8 +6,8 @@ made of the answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from bench.device import adapter
@@ -49,6 +49,17 @@ def need(way: Way, facts: Facts, percent: int, shared: bool) -> Need:
     """``shared``: somebody's host tier is there to be used."""
     held = slots_of(way, facts, percent) * facts.expert_bytes + facts.resident_bytes
     return Need(held + adapter.HEADROOM, 0 if shared else facts.all_expert_bytes)
+
+
+def why_not(way: Way, subject: Subject, spot: Spot) -> str | None:
+    """Why this way cannot be gone here."""
+    if not way.peer:
+        return adapter.lacking(way, spot)
+    if subject.folder is None:
+        return "cannot load a checkpoint whose experts share one file"
+    if not spot.accelerated:
+        return "needs an accelerator"
+    return None if find_spec("accelerate") else "accelerate is not installed"
 
 
 class Own:
@@ -103,13 +114,7 @@ class Peer:
         self.runner.load(str(subject.folder), budget, {})
 
     def answer(self, number: int, keep_logits: bool = False) -> Answer:
-        return self._round(self.subject.prompts[number], self.subject.answers[number])
-
-    def read(self, prompt: Sequence[int]) -> Answer:
-        """The first token only."""
-        return self._round(prompt, [0])
-
-    def _round(self, prompt: Sequence[int], dictated: Sequence[int]) -> Answer:
+        prompt, dictated = self.subject.prompts[number], self.subject.answers[number]
         lap = self.runner.round(prompt, dictated, PEER_SECONDS)
         copied = self.runner.copied_bytes
         turn = Turn(

@@ -13,7 +13,8 @@ from typing import Any
 from bench import contest
 from bench.device import adapter
 from bench.device.adapter import Spot
-from bench.device.players import Own, Peer
+from bench.device.play import Responsible, Seat, head_of
+from bench.device.players import Own, Peer, Player, why_not
 from bench.device.subjects import Subject
 from bench.device.ways import Way
 from understudy.experts.device import Device
@@ -30,52 +31,40 @@ def play(
     assert subject.folder is not None, "the peer loads a folder"
     course = contest.texts(subject.folder, rounds + 1, tokens, 1)
     asked = replace(subject, prompts=course.prompts, answers=course.answers)
+    seats = [Seat(way, failed=why_not(way, subject, spot)) for way in ways]
+    once: dict[str, int] = {}
     with ExitStack() as stack:
-        players: dict[str, tuple[Way, Any]] = {}
-        for way in ways:
-            reason = _why_not(way, spot)
-            if reason:
-                emit(_row(subject, way, percent, skipped=reason))
-                continue
-            emit({"began": way.name})
-            player = _open(asked, way, percent, spot, device, tokens)
-            stack.callback(player.close)
-            players[way.name] = way, player
-        turns: dict[str, list[Row]] = {name: [] for name in players}
-        for number, prompt in enumerate(course.prompts):
-            for name, (way, player) in players.items():
-                found = player.read(prompt) if way.peer else player.answer(number)
-                if number > 0:
-                    turns[name].append(found.turn.as_dict())
-        for name, (way, player) in players.items():
-            once = None
-            if not way.peer:
-                touched = adapter.routed(player.engine, course.prompts[-1])
-                once = len(touched) * subject.facts.expert_bytes
-            emit(_row(subject, way, percent, turns=turns[name], once_bytes=once))
+        for seat in (seat for seat in seats if seat.failed is None):
+            emit({"began": seat.way.name})
+            with Responsible(seat, device):
+                seat.player = _open(asked, seat.way, percent, spot, device, tokens)
+                stack.callback(seat.close)
+        for number in range(len(course.prompts)):
+            for seat in seats:
+                with Responsible(seat, device):
+                    _round(seat, number)
+        for seat in seats:
+            with Responsible(seat, device):
+                if isinstance(seat.player, Own):
+                    touched = adapter.routed(seat.player.engine, course.prompts[-1])
+                    once[seat.way.name] = len(touched) * subject.facts.expert_bytes
+            row = head_of(subject, seat.way, percent)
+            row |= {"skipped": seat.failed, "turns": seat.turns}
+            emit(row | {"once_bytes": once.get(seat.way.name)})
+
+
+def _round(seat: Seat, number: int) -> None:
+    if seat.player is not None:
+        found = seat.player.answer(number)
+        if number > 0:
+            seat.turns.append(found.turn.as_dict())
 
 
 def _open(
     subject: Subject, way: Way, percent: int, spot: Spot, device: Device | None, tokens: int
-) -> Own | Peer:
+) -> Player:
     if way.peer:
         return Peer(subject, percent)
     # The whole prompt in one forward: each expert is then brought once.
     settings = {"max_context": tokens + 64, "prefill_chunk_size": tokens}
     return Own(subject, way, percent, spot, device, **settings)
-
-
-def _why_not(way: Way, spot: Spot) -> str | None:
-    if way.peer:
-        return None if spot.accelerated else "needs an accelerator"
-    return adapter.lacking(way, spot)
-
-
-def _row(subject: Subject, way: Way, percent: int, **more: Any) -> Row:
-    return {
-        "model": subject.name,
-        "budget_fraction": percent / 100,
-        "contestant": way.name,
-        "promise": way.promise,
-        **more,
-    }

@@ -14,8 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, show
-from bench.device import adapter, figures, micro, parent, play, schedule, subjects, ways
+from bench import gpu, pages, show
+from bench.device import (
+    adapter,
+    figures,
+    micro,
+    parent,
+    play,
+    prompts,
+    schedule,
+    subjects,
+    ways,
+)
 from bench.device.adapter import Spot
 from bench.device.child import Desk
 from bench.device.figures import Facts, Rates, Turn
@@ -27,8 +37,9 @@ from bench.device.players import Need, need, slots_of
 from bench.device.schedule import Task, TimeBudget
 from bench.device.subjects import Subject
 from bench.device.ways import EXACT, LOSSY, Way
+from understudy import demo
 from understudy.core import UnderstudyError
-from understudy.engine import Engine
+from understudy.engine import Anatomy, Engine
 
 ROOT = Path(__file__).parents[2]
 CPU = Spot("cpu")
@@ -519,6 +530,23 @@ def test_a_lost_device_ends_the_cell_but_what_was_timed_stands(
     assert len(rows["lru"]["turns"]) == 1
 
 
+def test_a_long_prompt_is_read_in_turns() -> None:
+    fine = demo.models_folder() / "fine"
+    facts = subjects.facts_of(Anatomy.of(fine), True, "")
+    found: list[dict[str, Any]] = []
+    chosen = ways.chosen("lru+hint,accelerate")
+    broken = Way("broken", "", EXACT, {"evictor": "no-such-evictor"})
+    subject = Subject("twin", fine, facts, [], [])
+    prompts.play(subject, 50, [*chosen, broken], CPU, None, found.append, tokens=48, rounds=2)
+    rows = {r["contestant"]: r for r in found if "began" not in r}
+    ours = rows["lru+hint"]
+    assert len(ours["turns"]) == 2 and ours["skipped"] is None
+    assert 0 < ours["once_bytes"] <= facts.all_expert_bytes
+    assert all(t["ttft"] > 0 and t["prompt_bytes"] > 0 for t in ours["turns"])
+    assert rows["accelerate"]["skipped"] == "needs an accelerator"
+    assert "no-such-evictor" in rows["broken"]["skipped"] and not rows["broken"]["turns"]
+
+
 # ---------------------------------------------------------------------------------------- children
 
 SCRIPT = """
@@ -633,6 +661,26 @@ def test_memories_are_measured_by_the_device_s_clock() -> None:
 
 
 # ----------------------------------------------------------------------------------- the command
+
+
+def test_no_floor_is_beaten_by_what_was_measured(tmp_path: Path) -> None:
+    run = gpu.Run(gpu.arguments(["--smoke", "--work", str(tmp_path)]), TimeBudget(1.0))
+    assert run.rates() == Rates()
+    for name, rate in (("link", 50.0), ("gather", 52.0), ("device", 3000.0), ("expert bf16", None)):
+        run.figures[name] = {"name": name, "rate": rate}
+    assert run.rates() == Rates(device=3000.0, link=52.0)
+
+
+def test_the_pages_can_show_what_was_found() -> None:
+    results = {
+        "cells": [made("lru", 0.8), head("device") | {"skipped": "why", "rounds": 0}],
+        "micro": [{"name": "gather", "of": "of link", "rate": 5e10, "share": 0.9, "how": "x"}],
+        "targets": [target.as_dict() for target in figures.targets([made("lru", 0.8)], {}, [])],
+    }
+    assert "| twin:50 | lru | bit-exact | 800 |" in pages.KINDS["gpu"](results)
+    assert "why" not in pages.KINDS["gpu"](results)
+    assert "| gather | of link | x | 50.0 | 90 % |" in pages.KINDS["parts"](results)
+    assert "| NO | 2.00 | <= 1.6 | 1.3 NO |" in pages.KINDS["targets"](results)
 
 
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
