@@ -11,6 +11,7 @@ where a page says something else than its results. Kinds:
     beside                    ours and each peer's time per token, a cell and format per row
     buddy, speculation        what bench/policies.py found: quality, and speed on the twin
     recall, layers            what a profile says of each layer
+    gpu, targets, parts       what bench/gpu.py found: cells; what was aimed at; kernels alone
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from bench import show
+from bench.device import figures
 
 Row = dict[str, Any]
 BLOCK = re.compile(r"(<!-- results: (\S+) (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -230,6 +232,16 @@ def seconds(results: Any) -> str:
     return markdown(("policy", "hits, %", "seconds"), lines)
 
 
+def listed(name: str, known: Sequence[figures.Column]) -> Callable[[Any], str]:
+    """A list of the results, all of it."""
+
+    def made(results: Any) -> str:
+        lines = [[shown(row) for _, shown in known] for row in results[name]]
+        return markdown([head for head, _ in known], lines)
+
+    return made
+
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "decode": columns(show.DECODE_COLUMNS),
     "prefill": columns(show.PREFILL_COLUMNS),
@@ -243,6 +255,9 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "accountings": accountings,
     "simulated": simulated,
     "seconds": seconds,
+    "gpu": columns(figures.COLUMNS),
+    "targets": listed("targets", figures.TARGET_COLUMNS),
+    "parts": listed("micro", figures.MICRO_COLUMNS),
 }
 
 

@@ -23,27 +23,27 @@ DECODE_COLUMNS = (
     ("ms/token", lambda r: ms(r["tpot_ms"])),
     ("min-max", lambda r: f"{ms(r['tpot_min_ms'])}-{ms(r['tpot_max_ms'])}"),
     ("TTFT", lambda r: ms(r["ttft_ms"])),
-    ("read/token", lambda r: _size(r["bytes_per_token"])),
-    ("hits", lambda r: _percent(r["hit_rate"])),
+    ("read/token", lambda r: size(r["bytes_per_token"])),
+    ("hits", lambda r: percent(r["hit_rate"])),
     ("stall", lambda r: ms(r["stall_ms"])),
-    ("peak RSS", lambda r: _size(r["rss_bytes"])),
+    ("peak RSS", lambda r: size(r["rss_bytes"])),
     ("own", lambda r: ms(r["floor_own_ms"])),
     ("belady", lambda r: ms(r["floor_belady_ms"])),
-    ("x own", lambda r: _times(r["over_floor_own"])),
-    ("bytes x belady", lambda r: _times(r["missed_over_belady"])),
-    ("x understudy", lambda r: _times(r["against"].get("understudy"))),
+    ("x own", lambda r: times(r["over_floor_own"])),
+    ("bytes x belady", lambda r: times(r["missed_over_belady"])),
+    ("x understudy", lambda r: times(r["against"].get("understudy"))),
 )
 PREFILL_COLUMNS = (
     *WHO,
     ("TTFT ms", lambda r: ms(r["ttft_ms"])),
     ("min-max", lambda r: f"{ms(r['ttft_min_ms'])}-{ms(r['ttft_max_ms'])}"),
     ("tokens/s", lambda r: f"{r['tokens_per_second']:.0f}"),
-    ("read", lambda r: _size(r["bytes_read"])),
-    ("x once", lambda r: _times(r["read_over_once"])),
+    ("read", lambda r: size(r["bytes_read"])),
+    ("x once", lambda r: times(r["read_over_once"])),
     ("stall", lambda r: ms(r["stall_ms"])),
     ("own", lambda r: ms(r["floor_own_ms"])),
-    ("x own", lambda r: _times(r["over_floor_own"])),
-    ("x understudy", lambda r: _times(r["against"].get("understudy"))),
+    ("x own", lambda r: times(r["over_floor_own"])),
+    ("x understudy", lambda r: times(r["against"].get("understudy"))),
 )
 
 START_COLUMNS = (
@@ -157,13 +157,13 @@ def ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def _size(value: float | None) -> str:
+def size(value: float | None) -> str:
     return "-" if value is None else shown_size(value)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"

@@ -70,3 +70,22 @@ class Accelerated(Transformers):
     def close(self) -> None:
         super().close()
         self._folder.cleanup()
+
+
+class Offloaded(Transformers):
+    """accelerate's CPU offload: as many layers on the accelerator as its budget holds, the others
+    in CPU memory; all that a layer owns is copied whenever it runs."""
+
+    def _load(self, model: str, memory: int | None, options: dict[str, Any]) -> Any:
+        del options
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype="auto",
+            device_map="auto",
+            max_memory={0: memory, "cpu": 1 << 40},  # what does not fit: in memory, never on disk
+        )
+
+    @property
+    def copied_bytes(self) -> int:
+        """By every forward: what is not on the accelerator has no memory of its own."""
+        return sum(p.nbytes for p in self.model.parameters() if p.device.type == "meta")

@@ -63,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | Anatomy,
         *,
         threads: int | None = None,
         on_status: Callable[[str], None] | None = None,

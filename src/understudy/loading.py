@@ -82,19 +82,24 @@ class Handle:
 
 
 def load(
-    source: str | Path, memory: str | int = "auto", *, on_status: Any = None, **options: Any
+    source: str | Path | Anatomy,
+    memory: str | int = "auto",
+    *,
+    on_status: Any = None,
+    **options: Any,
 ) -> Any:
     """Load a Mixture-of-Experts checkpoint inside a memory budget.
 
-    ``source``: a local folder or a hub id. ``memory``: "8GiB", "50%" of the checkpoint, "auto", or
-    bytes; it covers dense weights, expert slots, KV cache and working memory. Further options are
-    those of `Options`. Returns a genuine `PreTrainedModel` (also a context manager) that carries
-    ``model.understudy``. Raises `UnderstudyError` and its children, one line each.
+    ``source``: a local folder, a hub id, or a checkpoint taken apart already. ``memory``: "8GiB",
+    "50%" of the checkpoint, "auto", or bytes; it covers dense weights, expert slots, KV cache and
+    working memory. Further options are those of `Options`. Returns a genuine `PreTrainedModel`
+    (also a context manager) that carries ``model.understudy``. Raises `UnderstudyError` and its
+    children, one line each.
     """
     asked = chosen = Options(memory=memory, **options)
     say = on_status or (lambda line: None)
     require(chosen.evictor, chosen.predictor, chosen.route, chosen.resolver)
-    anatomy = Anatomy.of(source)
+    anatomy = source if isinstance(source, Anatomy) else Anatomy.of(source)
     dtype = anatomy.dtype(chosen.dtype)
     place = place_of(anatomy, chosen)
     context = anatomy.context(chosen.max_context)
