@@ -41,7 +41,7 @@ class Options:
     depth: int = 1
     io_threads: int = 4
     frame: str = "auto"  # compiled or eager decoder layers; auto: see `COMPILE_PARAMETERS`
-    kernel: str = "auto"  # which kernel computes few tokens: auto, torch, native, native:N
+    kernel: str = "auto"  # for few tokens: auto, torch, native:N; on a device: auto, triton, torch
     prefill_chunk_size: int | None = 512  # None: the whole prompt in one forward
     direct_io: bool = True
     # Instead of as many as fit; benchmarks compare equal caches. "50%" of all experts; "2k": two

@@ -1,4 +1,4 @@
-"""Wires minds and hands for one loaded model: the one place that knows them all.
+"""Wires minds and hands for one loaded model. What a device needs beside that is in `on_device`.
 
 Knows: every room below. Does not know: budgets and how they are divided (`plan`), prompts, HTTP.
 """

@@ -18,9 +18,12 @@ import typer
 
 import understudy
 from docs import pages
-from understudy import registry
+from understudy import registry, turns
 from understudy.cli import app
 from understudy.experts import transfer
+from understudy.experts.device import queue as device_queue
+from understudy.experts.device.reach import LINE, Reach
+from understudy.experts.device.swiglu import FEW
 from understudy.plan import MINIMUM_SLOTS
 from understudy.policies.predict import SelfSwitch
 
@@ -196,6 +199,11 @@ def test_constants_are_those_of_the_code() -> None:
     assert transfer.DEMAND_BLOCK == 2 << 20, "how-it-works, glossary"
     assert transfer.SPECULATION_BLOCK == 2 << 20, "how-it-works, glossary"
     assert MINIMUM_SLOTS == 2, "how-it-works"
+    assert device_queue.GROUP == 64 << 20, "gpu"
+    assert device_queue.SPECULATION == 32 << 20, "gpu"
+    assert (Reach().programs, Reach().lines * LINE) == (48, 8 << 10), "gpu"
+    assert (turns.BLOCK, turns.WARM_UP, turns.ENOUGH) == (16, 2, 42), "gpu"
+    assert FEW == 8, "gpu"
     trial = (SelfSwitch.WARM_UP, SelfSwitch.BLOCK, SelfSwitch.BLOCKS, SelfSwitch.SETTLE)
     assert trial == (8, 6, 6, 2), "policies, decisions"
     assert (SelfSwitch.REST, SelfSwitch.REST_OFF) == (1024, 256), "policies, decisions"
@@ -212,3 +220,11 @@ def test_glossary_is_in_order() -> None:
 def test_pages_name_no_place_of_one_machine() -> None:
     for page in pages.PAGES:
         assert not re.search(r"(?<!\w)/(?:work|tmp|home|root)/\w", page.read_text("utf-8")), page
+
+
+def test_that_nothing_ran_on_a_gpu_is_said_first_and_as_long_as_it_is_true() -> None:
+    page = (pages.ROOT / "docs" / "gpu.md").read_text("utf-8")
+    said = "Nothing on this page has run on an accelerator yet." in page.split("\n\n")[1]
+    table = page.split("## Targets")[1].split("\n## ")[0]
+    measured = re.findall(r"^\|.*\| ([^|]+) \|$", table, re.MULTILINE)[2:]
+    assert said == (set(measured) == {"not run"})
