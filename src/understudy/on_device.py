@@ -164,6 +164,9 @@ class OnDevice:
             self._only_host(built, why)
 
     def _only_host(self, built: Built, why: str) -> None:
+        """Said in `Handle.policies`, and an error where the device was asked for."""
+        if self.o.decode == "auto":
+            built.facts["decode"] = f"{HOST}: {why}"
         if self.o.decode == DEVICE:
             built.runtime.close()
             raise UnderstudyError(f"--decode device is not possible: {why}; use --decode host")
@@ -205,7 +208,7 @@ class OnDevice:
             nbytes,
             k=self._top_k,
             foresee=_Foreseen(runtime.lookahead) if ahead else None,
-            most=SPECULATION // nbytes,
+            most=max(1, SPECULATION // nbytes),
         )
         driven.adopt({}, range(built.plan.slots))
         seam = Rows(driven)

@@ -142,7 +142,8 @@ class ExpertMlp:
     ) -> torch.Tensor:
         """The matrix as numbers; in C where it can be: the same bits, several times sooner."""
         assert self.format is not None
-        if native.library() is None or not self._readable(codes, scales, dtype):
+        here = codes.device.type == "cpu"  # C reads host memory only
+        if not here or native.library() is None or not self._readable(codes, scales, dtype):
             return self.format.unpack(codes, scales, dtype)
         return native.unpack(codes, scales, self._inner(codes), *self._kind(codes, scales), dtype)
 

@@ -17,7 +17,6 @@ the table last. Run a step before recording one: kernels are compiled at their f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -33,8 +32,7 @@ from understudy.experts.device.ledger import (
     power_of_two,
 )
 from understudy.experts.device.reach import LINE, Reach
-
-CHECK = "UNDERSTUDY_CHECK"
+from understudy.experts.device.slots import checking
 
 
 class Experts(Protocol):
@@ -93,7 +91,7 @@ class Driven:
         self._side = device.stream(urgent=True)
         self._coming: Event | None = None  # the end of the speculation that nobody has joined yet
         self._foreseen: tuple[torch.Tensor, ...] = ()  # kept alive until then
-        self._check = os.environ.get(CHECK) == "1"
+        self._check = checking()
 
     # ------------------------------------------------------------------------- the host's handover
 

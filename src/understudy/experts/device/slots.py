@@ -28,6 +28,11 @@ from understudy.experts.store import Weights
 POISON = 0xFF  # in every byte: NaN in bf16, fp16 and fp32
 
 
+def checking() -> bool:
+    """Whether slots are to be checked: ``UNDERSTUDY_CHECK=1``."""
+    return os.environ.get("UNDERSTUDY_CHECK", "") not in ("", "0")
+
+
 class WrongExpert(AssertionError):
     """A slot does not hold the expert that was asked for: a bug of ours."""
 
@@ -39,7 +44,7 @@ class DeviceSlots:
         self.device, self.slabs = device, slabs
         self.slot_bytes = slab_bytes(slabs)
         self.arena = device.allocate(slots * self.slot_bytes)
-        self.checking = os.environ.get("UNDERSTUDY_CHECK", "0") not in ("", "0")
+        self.checking = checking()
         self._holds: dict[int, ExpertId] = {}
         self._arriving: dict[int, Event] = {}
         self._read: dict[int, Event] = {}
