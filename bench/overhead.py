@@ -11,6 +11,9 @@ arguments, the sum over ranks. Then the opposite: whole decode steps whose exper
                          it is asked for, so victims are chosen and slots change hands, but nothing
                          is read
     missing + guesses    the same, and the next layer's router is asked, as in a real step
+    device, ...          the same three with a device that computes and copies in no time: what the
+                         host spends to decide and to ask, without what a driver takes for launches,
+                         copies and events
     frame, eager         attention, norms, routers, the head: everything but experts and seam
     frame, compiled      the same, decoder layers compiled
 
@@ -25,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,8 +39,9 @@ import torch
 
 from bench import card as cards
 from bench import show
+from bench.device.nothing import Nothing
 from understudy import bench as own_bench
-from understudy import demo
+from understudy import demo, on_device
 from understudy import model as guest
 from understudy.core import (
     ExpertId,
@@ -178,6 +183,23 @@ def missing(model: Path, calls: Sequence[Any], repeats: int, guesses: bool) -> l
     return turns
 
 
+def on_a_device(
+    model: Path, calls: Sequence[Any], repeats: int
+) -> Iterator[tuple[str, list[float]]]:
+    """The same three, the experts being a device's that takes no time."""
+    on_device.OPENERS["nothing"] = lambda asked: Nothing()
+    where = {"device": "nothing", "kernel": "triton", "frame": "eager", "memory": "1GiB"}
+    third = max(2, int(SHARE * inspect(model).experts))
+    for name, slots, guesses in ((RESIDENT, None, False), (MISSING, third, False),
+                                 (GUESSING, third, True)):  # fmt: skip
+        with Engine(model, slots=slots, **where) as engine, torch.inference_mode():
+            engine.model.understudy.runtime.director.switch = SelfSwitch(
+                enabled=guesses, adaptive=False
+            )
+            turns = [seconds_per_layer(engine, calls, routers=guesses) for _ in range(repeats + 1)]
+        yield f"device, {name}", turns
+
+
 def frame(model: Path, kind: str, steps: int, repeats: int) -> list[float]:
     """Seconds of a whole decode step per MoE layer when experts answer zero, one per turn."""
     with Engine(model, memory="100%", frame=kind) as engine, torch.inference_mode():
@@ -202,6 +224,8 @@ def measure(model: Path, steps: int, repeats: int) -> list[dict[str, Any]]:
     taken[RESIDENT], calls = resident(model, steps, repeats)
     taken[MISSING] = missing(model, calls, repeats, guesses=False)
     taken[GUESSING] = missing(model, calls, repeats, guesses=True)
+    if find_spec("triton") is not None:
+        taken |= dict(on_a_device(model, calls, repeats))
     for name, kind in FRAMES.items():
         taken[name] = frame(model, kind, steps, repeats)
     return [_row(model.name, name, turns[1:]) for name, turns in taken.items()]
