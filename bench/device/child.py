@@ -75,6 +75,7 @@ class Desk:
 
     def micro(self, names: list[str], rates: dict[str, float], sizes: dict[str, int]) -> None:
         from bench.device import micro
+        from bench.device.play import forget
 
         device, known = self._device(), dict(rates)
         for name in names:
@@ -88,6 +89,7 @@ class Desk:
             else:
                 known[name] = figure["rate"]
                 self.emit({"micro": figure})
+            forget(device)
 
     def _ways(self, names: list[str]) -> list[Any]:
         from bench.device import ways

@@ -198,7 +198,7 @@ class Table:
                 row = self._row(seat.way, percent, group=group, skipped=lost, turns=seat.turns)
                 self.emit(row)
             raise
-        self._forget()
+        forget(self.device)
         self._longest = max(self._longest, time.monotonic() - started)
 
     def _rounds(self, seats: Sequence[Seat]) -> None:
@@ -260,12 +260,6 @@ class Table:
     def _answering_for(self, seat: Seat) -> Responsible:
         return Responsible(seat, self.device)
 
-    def _forget(self) -> None:
-        """What the engines of a group held is free before the next group is loaded."""
-        gc.collect()
-        if self.device is not None:
-            self.device.free_bytes()  # empties torch's own store of free blocks, too
-
 
 @dataclass
 class Seat:
@@ -309,6 +303,13 @@ class Responsible:
                 raise DeviceLost(self._seat.failed) from error
         self._seat.close()
         return True
+
+
+def forget(device: Device | None) -> None:
+    """What engines held is free for the next ones, and for other processes."""
+    gc.collect()
+    if device is not None:
+        device.free_bytes()  # empties torch's own store of free blocks, too
 
 
 def head_of(subject: Subject, way: Way, percent: int) -> Row:

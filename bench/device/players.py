@@ -15,6 +15,7 @@ from bench.device.adapter import Answer, Spot
 from bench.device.figures import Facts, Turn
 from bench.device.subjects import Subject
 from bench.device.ways import Way
+from understudy.core import UnderstudyError
 from understudy.experts.device import Device
 
 PEER_SECONDS = 1.5  # of decoding per round: it can stop early, and is slow
@@ -82,6 +83,9 @@ class Own:
             on_status=self.said.append,
             **{**subject.settings, **settings},
         )
+        if (held := self.engine.plan.slots) < self.slots:  # caches of different sizes say nothing
+            self.engine.close()
+            raise UnderstudyError(f"the device holds {held} of the {self.slots} slots of this cell")
 
     def answer(self, number: int, keep_logits: bool = False) -> Answer:
         self.subject.before(self.engine, number)

@@ -13,7 +13,7 @@ from typing import Any
 from bench import contest
 from bench.device import adapter
 from bench.device.adapter import Spot
-from bench.device.play import Responsible, Seat, head_of
+from bench.device.play import Responsible, Seat, forget, head_of
 from bench.device.players import Own, Peer, Player, why_not
 from bench.device.subjects import Subject
 from bench.device.ways import Way
@@ -51,6 +51,7 @@ def play(
             row = head_of(subject, seat.way, percent)
             row |= {"skipped": seat.failed, "turns": seat.turns}
             emit(row | {"once_bytes": once.get(seat.way.name)})
+    forget(device)
 
 
 def _round(seat: Seat, number: int) -> None:

@@ -146,41 +146,39 @@ def _recorded(name: str, trace: Path, wanted: Wanted) -> Subject:
     """Qwen3-30B-A3B's shape, as many layers as this machine's memory holds."""
     from bench.device import forced
 
-    shape = forced.QWEN3
-    routes = forced.Routes.read(trace)
+    shape, recorded = forced.QWEN3, forced.Routes.read(trace)
     if wanted.small:
         shape = forced.Shape(hidden=64, width=32, heads=2, kv_heads=1, head=32, vocab=4096)
-        routes = routes.cut(4)
-    layers = routes.ids.shape[1]
-    per_layer = routes.experts * 6 * shape.hidden * shape.width
-    held = min(layers, int(0.8 * planning.free_memory()) // per_layer)
-    if held < 2:
-        raise UnderstudyError(f"{name}: two layers of it need {shown_size(2 * per_layer)} free")
-    routes = routes.cut(held)
+        recorded = recorded.cut(4)
+    routes = recorded.cut(_held_layers(name, recorded.experts * 6 * shape.hidden * shape.width))
     folder = native.cache_folder() / "gpu" / f"{name}-{shape.hidden}x{shape.width}"
     anatomy = forced.forced(folder, shape, routes, wanted.recall, wanted.seed)
-    k = routes.ids.shape[2]
-    less = "" if held == layers else f", {held} of its {layers} layers for want of memory"
+    layers, of, k = routes.ids.shape[1], recorded.ids.shape[1], routes.ids.shape[2]
+    less = "" if layers == of else f", {layers} of its {of} layers for want of memory"
     words = (
         f"Qwen3-30B-A3B's shape{less}, random weights, routing forced from {trace.name} "
         f"(top-{k} as recorded, one prompt of {routes.tokens} tokens: flatters a cache); what "
         f"look-ahead is told has recall {wanted.recall:g}, by assumption"
     )
-    # The recorded prompt is read in each round; what is decoded moves on through the record.
-    step = min(wanted.new_tokens - 1, (routes.tokens - routes.prompt) // (wanted.rounds + 2))
-    rounds = range(wanted.rounds + 2)
-    generator = torch.Generator().manual_seed(wanted.seed)
-
-    def text(length: int) -> list[int]:
-        found: list[int] = torch.randint(1, shape.vocab, (length,), generator=generator).tolist()
-        return found
-
+    # The recorded prompt's length is read in each round; all of it moves on through the record.
+    rounds = wanted.rounds + 2
+    step = max(1, min(wanted.new_tokens - 1, (routes.tokens - routes.prompt) // rounds))
+    dice = torch.Generator().manual_seed(wanted.seed)
+    texts = torch.randint(1, shape.vocab, (rounds, routes.prompt + step + 1), generator=dice)
     return Subject(
         name, anatomy, facts_of(anatomy, False, words),
-        [text(routes.prompt) for _ in rounds], [text(step + 1) for _ in rounds],
+        texts[:, : routes.prompt].tolist(), texts[:, routes.prompt :].tolist(),
         {"max_context": 256, "direct_io": False, "io_threads": min(8, os.cpu_count() or 1)},
         lambda engine, number: _move_on(engine, number * step),
     )  # fmt: skip
+
+
+def _held_layers(name: str, nbytes: int) -> int:
+    """Of ``nbytes`` each, in host memory beside everything else."""
+    held = int(0.8 * planning.free_memory()) // nbytes
+    if held < 2:
+        raise UnderstudyError(f"{name}: two layers of it need {shown_size(2 * nbytes)} free")
+    return held
 
 
 def _move_on(engine: Any, row: int) -> None:
