@@ -106,13 +106,13 @@ def _nibble(words, PLACE: tl.constexpr):
 # -------------------------------------------------------------------------------------- few tokens
 #
 # Two rows of weights at a time (gate and up, or two of down) share what is loaded of x. Rows follow
-# the first axis of a tile, and with them threads and their vectors. Where ``live`` is false nothing
-# is loaded, and the sums are zero. A loop takes whole turns only: what is beyond the end is masked,
-# which costs less than a second loop for it.
+# the first axis of a tile, and with them threads and their vectors. Where the first of two rows is
+# -1 nothing is loaded, and both sums are zero. A loop takes whole turns only: what is beyond the
+# end is masked, which costs less than a second loop for it.
 
 
 @triton.jit
-def _two_rows(matrix, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+def _two_rows(matrix, x, first, second, M: tl.constexpr, T: tl.constexpr):
     """Rows ``first`` and ``second`` [1, rows] of ``matrix`` times x [inner]: two of [rows]."""
     D: tl.constexpr = x.dtype.element_ty
     KIND: tl.constexpr = M.kind
@@ -124,10 +124,10 @@ def _two_rows(matrix, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
     b = tl.zeros([CHUNK, ROWS], tl.float32)
     for start in tl.range(0, (K + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=T.unroll):
         k = start + tl.arange(0, CHUNK)[:, None]
-        inside = (k < K) & live
+        inside = (k < K) & (first >= 0)
         # x in the shape of the weights: each thread loads what it multiplies, none has to wait for
         # another. It comes from the first cache.
-        v = tl.load(x + (k + 0 * first), mask=inside, other=0).to(tl.float32)
+        v = tl.load(x + (k + tl.zeros_like(first)), mask=inside, other=0).to(tl.float32)
         one = tl.load(matrix + (first * K + k), mask=inside, other=0)
         two = tl.load(matrix + (second * K + k), mask=inside, other=0)
         a = tl.fma(_factor(one, KIND, D), v, a)
@@ -167,7 +167,7 @@ def _words_times(words, low, high):
 
 
 @triton.jit
-def _two_rows_int4(words, scales, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+def _two_rows_int4(words, scales, x, first, second, M: tl.constexpr, T: tl.constexpr):
     """`_two_rows` of codes that lie as `formats.int4` says, a thread's vector in one group."""
     K: tl.constexpr = M.inner // 8
     GROUPS: tl.constexpr = M.inner // M.group
@@ -178,9 +178,9 @@ def _two_rows_int4(words, scales, x, first, second, live, M: tl.constexpr, T: tl
     b = tl.zeros([CHUNK, ROWS], tl.float32)
     for start in tl.range(0, (K + STEP - 1) // STEP * STEP, CHUNK, loop_unroll_factor=T.unroll):
         word = start + tl.arange(0, CHUNK)[:, None]
-        inside = (word < K) & live
-        low = _neighbours(x, word + 0 * first, inside, 0)
-        high = _neighbours(x, word + 0 * first, inside, 1)
+        inside = (word < K) & (first >= 0)
+        low = _neighbours(x, word + tl.zeros_like(first), inside, 0)
+        high = _neighbours(x, word + tl.zeros_like(first), inside, 1)
         one = tl.load(words + (first * K + word), mask=inside, other=0)
         two = tl.load(words + (second * K + word), mask=inside, other=0)
         group = word // (M.group // 8)
@@ -192,20 +192,20 @@ def _two_rows_int4(words, scales, x, first, second, live, M: tl.constexpr, T: tl
 
 
 @triton.jit
-def _two_dots(slab, x, first, second, live, M: tl.constexpr, T: tl.constexpr):
+def _two_dots(slab, x, first, second, M: tl.constexpr, T: tl.constexpr):
     """Rows ``first`` and ``second`` [rows] of matrix M of the expert at ``slab``, times x."""
     STORED: tl.constexpr = M.stored
     if M.kind == "int4":
         words = (slab + M.start).to(tl.pointer_type(tl.int32))
         scales = (slab + M.scales).to(tl.pointer_type(tl.float16))
-        a, b = _two_rows_int4(words, scales, x, first[None, :], second[None, :], live, M, T)
+        a, b = _two_rows_int4(words, scales, x, first[None, :], second[None, :], M, T)
     else:
         matrix = (slab + M.start).to(tl.pointer_type(STORED))
-        a, b = _two_rows(matrix, x, first[None, :], second[None, :], live, M, T)
+        a, b = _two_rows(matrix, x, first[None, :], second[None, :], M, T)
         if M.kind == "int8":
             scales = (slab + M.scales).to(tl.pointer_type(tl.float32))
-            a *= tl.load(scales + first, mask=live, other=0)
-            b *= tl.load(scales + second, mask=live, other=0)
+            a *= tl.load(scales + first, mask=first >= 0, other=0)
+            b *= tl.load(scales + second, mask=first >= 0, other=0)
     return a, b
 
 
@@ -225,7 +225,8 @@ def hidden(
         at = tl.program_id(1) * T.rows + tl.arange(0, T.rows)
         row = tl.minimum(at, WIDTH - 1)
         slab = arena + slot.to(tl.int64) * SLOT
-        gate, up = _two_dots(slab, x + pair // RANKS * HIDDEN, row, row + WIDTH, True, M, T)
+        token = x + pair // RANKS * HIDDEN
+        gate, up = _two_dots(slab, token, row, row + WIDTH, M, T)
         tl.store(h + (pair * WIDTH + at), _gated(gate, up, h.dtype.element_ty), mask=at < WIDTH)
 
 
@@ -238,8 +239,9 @@ def _down(
     zeros where its slot is -1."""
     slot = tl.load(slots + pair)
     slab = arena + tl.maximum(slot, 0).to(tl.int64) * SLOT
-    first, second = tl.minimum(at, HIDDEN - 1), tl.minimum(at + T.rows, HIDDEN - 1)
-    a, b = _two_dots(slab, h + pair * WIDTH, first, second, slot >= 0, M, T)
+    first = tl.where(slot >= 0, tl.minimum(at, HIDDEN - 1), -1)
+    second = tl.minimum(at + T.rows, HIDDEN - 1)
+    a, b = _two_dots(slab, h + pair * WIDTH, first, second, M, T)
     return _rounded(a, h.dtype.element_ty), _rounded(b, h.dtype.element_ty)
 
 

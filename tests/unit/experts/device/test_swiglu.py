@@ -22,6 +22,7 @@ from tests.unit.experts.device.reference import (
     summed,
 )
 from understudy.core import STORED
+from understudy.experts.device import swiglu
 from understudy.experts.device.slab import Slab
 from understudy.experts.device.swiglu import (
     Block,
@@ -101,6 +102,15 @@ def test_an_expert_of_many_does_not_depend_on_the_others(dtype: torch.dtype) -> 
         pairs(some.kernel, x, alone, many=True)[slots == 2],
         pairs(some.kernel, x, slots, many=True)[slots == 2],
     )
+
+
+def test_blocks_may_come_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None writes what is another's, which would show only where it writes last."""
+    some = experts(STORED, BF16, BF16)
+    x, slots, _ = some.event(37, 2)
+    forwards = pairs(some.kernel, x, slots, many=True)
+    monkeypatch.setattr(swiglu, "_blocks", lambda *how: _blocks(*how).flip(0))
+    assert same(pairs(some.kernel, x, slots, many=True), forwards)
 
 
 @pytest.mark.parametrize("many", [False, True])
