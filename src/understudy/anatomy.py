@@ -235,12 +235,14 @@ def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection
 
 def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) -> int:
     """Working memory of one prefill chunk: the residual stream and its copies, the rows gathered
-    for experts and their outputs per rank, and one expert's intermediate rows."""
+    for experts and their outputs per rank, and the intermediate rows of one expert; on a device,
+    where all are computed in one launch, those of all ranks."""
     text = guest.text_config(a.checkpoint.config)
     hidden = int(getattr(text, "hidden_size", 0) or 0)
     k = max(1, guest.experts_per_token(a.checkpoint.config))
     width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
-    per_token = (12 + 2 * k) * hidden + 3 * width
+    experts_at_once = 1 if options.device == "cpu" else k
+    per_token = (12 + 2 * k) * hidden + 3 * experts_at_once * width
     tokens = min(options.prefill_chunk_size or context, context)
     return tokens * per_token * max(4, dtype.itemsize) + _unpacking(a, dtype)
 

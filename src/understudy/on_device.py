@@ -281,21 +281,22 @@ class OnDevice:
         """Our kernel for each layer, or for none where it does not apply to all."""
         why = self._why_not_triton(mlps, dtype)
         if why is None:
-            return [self._kernel(slab, slots, dtype) for slab in self.slabs]
+            return [self._kernel(layer, slots, dtype) for layer in range(len(self.slabs))]
         if self.o.kernel == "triton":
             raise UnderstudyError(f"--kernel triton is not possible: {why}; use --kernel torch")
         if self.o.kernel == "auto":
             notes.append(f"note: torch computes, one expert at a time: {why}")
         return [None] * len(mlps)
 
-    def _kernel(self, slab: Slab, slots: DeviceSlots, dtype: torch.dtype) -> Swiglu:
+    def _kernel(self, layer: int, slots: DeviceSlots, dtype: torch.dtype) -> Swiglu:
         """With the tiles that were measured for experts like these; an interpreter that stands in
         for a device would measure itself."""
-        format, k = self.a.checkpoint.format, self._top_k
-        where = self.device, slab, format, dtype, slots.arena, slots.slot_bytes
+        slab, k = self.slabs[layer], self._top_k
+        where = self.device, slab, self.a.checkpoint.format, dtype, slots.arena, slots.slot_bytes
         compiled = self.device.torch_device.type != "cpu"
         tiles = tuning.choose(tuning.Trial(*where, k)).tiles if compiled else None
-        return Swiglu(*where, FEW * k, tiles=tiles)
+        experts = self.a.modules[layer].num_experts
+        return Swiglu(*where, FEW * k, tiles=tiles, distinct=experts)
 
     @property
     def _top_k(self) -> int:

@@ -14,7 +14,7 @@ from pretend import Pretend
 
 from understudy import on_device
 from understudy.core import UnderstudyError
-from understudy.experts.device.swiglu import Swiglu
+from understudy.experts.device.swiglu import Strip, Swiglu, Tiles
 from understudy.turns import BLOCK, DEVICE, ENOUGH, HOST, Choice
 
 TRITON = {"device": "pretend", "kernel": "triton"}
@@ -61,7 +61,8 @@ def test_the_device_answers_as_the_host_does(source: Path, resident: torch.Tenso
 def test_with_the_kernels_that_compute_experts(
     source: Path, resident: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_device, "Swiglu", Swiglu)
+    tiles = Tiles(Strip(rows=32, lanes=16), Strip(rows=32, lanes=16))  # few programs
+    monkeypatch.setattr(on_device, "Swiglu", lambda *a, **o: Swiglu(*a, **{**o, "tiles": tiles}))
     with loaded(source, **TRITON, decode="device", slots=5) as model:
         torch.testing.assert_close(say(model, 2), resident[:2], atol=1e-5, rtol=1e-5)
 
