@@ -82,7 +82,8 @@ def _window(exact: Any, other: Any, tokens: torch.Tensor) -> TokenScores:
 
 def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """[T, V] in host memory."""
-    out: torch.Tensor = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0]
+    there = tokens[None].to(getattr(model, "device", "cpu"))
+    out: torch.Tensor = model(input_ids=there, use_cache=False).logits[0]
     return out.cpu()
 
 

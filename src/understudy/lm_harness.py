@@ -245,7 +245,7 @@ def _refuse(batch_size: int | str | None, device: str | None, options: dict[str,
     if batch_size not in _UNBATCHED:
         raise UnderstudyError(f"one sequence at a time: --batch_size 1, not {batch_size}")
     if device not in _PLACES:
-        raise UnderstudyError(f"--device {device} is not tried with lm-eval yet: leave it out")
+        raise UnderstudyError(f"lm-eval on a device was never tried: leave out --device {device}")
     known = [*Options.__dataclass_fields__, "threads"]
     unknown = [name for name in options if name not in known]
     if unknown:
