@@ -253,6 +253,12 @@ class Director:
         self.evictor.admit(load.expert, speculative=False)
         return slot
 
+    def welcome(self, expert: ExpertId) -> Slot:
+        """A free slot for one that is brought before anybody asks: neither demand nor guess."""
+        slot = self.book.reserve(expert)
+        self.evictor.admit(expert, speculative=False)
+        return slot
+
     def bring(self, load: Load) -> None:
         """`commit` for callers whose loads take no time, or who keep time by themselves."""
         self.commit(load)
