@@ -103,7 +103,9 @@ class OnDevice:
         if minds.foresight is not None:
             minds.foresight.to(device.torch_device)
         slots, plan, notes = self._slots(plan)
-        host = self._host(say, notes)
+        mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
+        kernels = self._kernels(mlps, slots, model.dtype, notes)
+        host = self._host(say, notes)  # last of what may be refused: it takes minutes
         director = make_director(a, o, plan, minds, lambda e: self.slabs[e.layer].nbytes)
         queue = DeviceQueue(
             director.book,
@@ -114,8 +116,6 @@ class OnDevice:
             place=director.place,
             forget=director.forget,
         )
-        mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
-        kernels = self._kernels(mlps, slots, model.dtype, notes)
         beside, costs = self._processor(director, model)
         runtime = Runtime(
             director=director,

@@ -104,7 +104,8 @@ class Ledger:
         if sorted([*residents.values(), *free]) != list(range(self.slots)):
             raise ValueError(f"a ledger adopts each of its {self.slots} slots once")
         pools, left = _shared_out(residents, free, quotas(self.layers, self.experts, self.slots))
-        table = [NOBODY] * (self.layers * self.experts)  # lists: tensors take long to fill one by one
+        # Lists, because a tensor takes long to fill one by one.
+        table = [NOBODY] * (self.layers * self.experts)
         owner, stamp = [NOBODY] * self.slots, [0] * self.slots
         gone = set(left)
         for time, (expert, slot) in enumerate(residents.items(), start=1):
