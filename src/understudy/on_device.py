@@ -104,7 +104,9 @@ class OnDevice:
         if minds.foresight is not None:
             minds.foresight.to(device.torch_device)
         slots, plan, notes = self._slots(plan)
-        host = self._host(say, notes)
+        mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
+        kernels = self._kernels(mlps, slots, model.dtype, notes)
+        host = self._host(say, notes)  # last of what may be refused: it takes minutes
         director = make_director(a, o, plan, minds, lambda e: self.slabs[e.layer].nbytes)
         queue = DeviceQueue(
             director.book,
@@ -115,8 +117,6 @@ class OnDevice:
             place=director.place,
             forget=director.forget,
         )
-        mlps = [ExpertMlp(module, a.checkpoint.format) for module in guest.guests(model)]
-        kernels = self._kernels(mlps, slots, model.dtype, notes)
         beside, costs = self._processor(director, model)
         runtime = Runtime(
             director=director,
@@ -126,8 +126,6 @@ class OnDevice:
             lookahead=Lookahead(guest.routers(model, a.modules), _products(), minds.foresight),
             costs=costs,
         )
-        if director.ample:
-            _bring_all(director, queue, a.layouts)
         facts = {
             "device": device.name,
             "kernel": "triton" if all(kernels) else "torch",
@@ -140,7 +138,15 @@ class OnDevice:
     # ------------------------------------------------------------------------- the decode step
 
     def finish(self, model: Any, built: Built, minds: Minds) -> None:
-        """The model is attached: record its decode step, where that is possible."""
+        """The model is attached: record its decode step, where that is possible. A rehearsal may
+        leave anything in the slots, so they are filled after it."""
+        self._record(model, built, minds)
+        runtime = built.runtime
+        if runtime.director.ample:
+            assert isinstance(runtime.transfer, DeviceQueue)
+            _bring_all(runtime.director, runtime.transfer, self.a.layouts)
+
+    def _record(self, model: Any, built: Built, minds: Minds) -> None:
         if self.o.frame == "eager" or minds.needs_residual:
             self._only_host(built, "the frame is eager")
             return
@@ -211,8 +217,11 @@ class OnDevice:
             most=max(1, SPECULATION // nbytes),
         )
         driven.adopt({}, range(built.plan.slots))
-        seam = Rows(driven)
-        by_device = Step.record(model, self.device, seam, built.plan.context, cache=by_host.cache)
+        seam, context = Rows(driven), built.plan.context
+        try:
+            by_device = Step.record(model, self.device, seam, context, cache=by_host.cache)
+        finally:
+            driven.give_back()  # waits: a rehearsal that failed may still be writing to the slots
         return Turns(runtime, compute.slots, driven, by_host, by_device, self.o.decode)
 
     # ------------------------------------------------------------------------------- the memories
@@ -336,9 +345,10 @@ class OnDevice:
 
 def _bring_all(director: Director, queue: DeviceQueue, experts: Iterable[ExpertId]) -> None:
     """There is a slot for everybody: nobody needs to miss first."""
-    loads = [(expert, director.book.reserve(expert)) for expert in experts if expert in queue.host]
-    queue.demand_all(loads)
-    queue.settle()
+    with queue.lock:
+        here = [expert for expert in experts if expert in queue.host]
+        queue.demand_all([(expert, director.welcome(expert)) for expert in here])
+        queue.settle()
 
 
 class _Foreseen:

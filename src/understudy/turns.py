@@ -100,6 +100,7 @@ class Turns:
         self.steps = {HOST: by_host, DEVICE: by_device}
         self.choice = Choice(asked)
         self._on_device = False
+        self._rehearsed = driven.counters()
         runtime.claim = self._to_host
 
     @contextmanager
@@ -124,8 +125,8 @@ class Turns:
 
     @property
     def counters(self) -> Counters:
-        """What the device has counted; the host waits for it."""
-        found = self.driven.counters()
+        """What the device has counted, rehearsals left out; the host waits for it."""
+        found = self.driven.counters() - self._rehearsed
         found.tokens = self.steps[DEVICE].steps
         return found
 

@@ -53,7 +53,7 @@ def answer(model: Any, cache: Any) -> torch.Tensor:
 
     with torch.inference_mode():
         out = model.generate(
-            torch.arange(7, 12)[None], past_key_values=cache, disable_compile=True,
+            torch.arange(7, 12, device=DEVICE)[None], past_key_values=cache, disable_compile=True,
             max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0,
             logits_processor=[count_on], return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
@@ -90,3 +90,4 @@ def test_a_refused_recording_leaves_the_device_as_it_was(tmp_path: Path) -> None
         with pytest.raises(NotCaptured):
             Step.record(model, device(), seam, CONTEXT)
         torch.testing.assert_close(answer(model, None), before)
+        torch.rand(1, device=DEVICE)  # torch itself goes on refusing that after such an end

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 HOST_READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}
+HOST_COPIES = {torch.tensor, torch.as_tensor, torch.asarray}  # to a device, where one is named
 VIEWS = {aten._unsafe_view.default}  # a view that its schema does not call one
 MADE_OF_HOST_DATA = {aten.lift_fresh.default, aten.lift.default}
 
@@ -287,7 +288,8 @@ class _Recorder(TorchDispatchMode):
 
 
 class _HostReads(TorchFunctionMode):
-    """Reads of CPU memory that never come to the dispatcher."""
+    """What never comes to the dispatcher: reads of CPU memory, and on which device numbers of the
+    host are asked for. One that stays there is an argument of a kernel."""
 
     def __init__(self, graph: PretendGraph) -> None:
         super().__init__()
@@ -296,6 +298,9 @@ class _HostReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in HOST_READS:
             self._graph.refuse(f"Tensor.{func.__name__}")
+        named = (kwargs or {}).get("device") is not None
+        if func in HOST_COPIES and named and not isinstance(args[0], torch.Tensor):
+            self._graph.refuse(f"torch.{func.__name__} on a device: a copy that is waited for")
         return func(*args, **(kwargs or {}))
 
 

@@ -233,6 +233,8 @@ def test_a_seam_that_needs_no_host_is_recorded_with_the_rest(
             device = Counting()
             step = Step.record(model, device, seam, CONTEXT)
             assert len(device.graphs) == (1 if capturable else 1 + len(modules))
+            assert bool(seam.begun) == capturable  # it took part in the rehearsal
+            seam.begun.clear()
             eager, found[capturable] = both(model, step, prompt(5))
             assert torch.equal(found[capturable][1], eager[1])
             assert seam.begun == sorted(set(seam.begun))

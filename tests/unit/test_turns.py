@@ -13,7 +13,7 @@ from on_a_device import Plain, loaded, say, small
 from pretend import Pretend
 
 from understudy import on_device
-from understudy.core import UnderstudyError
+from understudy.core import Counters, UnderstudyError
 from understudy.experts.device.swiglu import Strip, Swiglu, Tiles
 from understudy.turns import BLOCK, DEVICE, ENOUGH, HOST, Choice
 
@@ -56,6 +56,19 @@ def test_the_device_answers_as_the_host_does(source: Path, resident: torch.Tenso
         assert counted.tokens == 4 + 2  # the prompt by the host, two tokens by the device
         assert counted.lookups > 0 and counted.demand_bytes > 0
         model.understudy.runtime.director.book.check_integrity(idle=True)
+
+
+@pytest.mark.parametrize("evictor", ["lrfu", "lru"])
+def test_a_rehearsal_leaves_nobody_in_a_slot_of_somebody_else(
+    source: Path, resident: torch.Tensor, evictor: str
+) -> None:
+    """With room for all, everybody is brought at the start, and the slots change hands."""
+    with loaded(source, **TRITON, decode="device", evictor=evictor) as model:
+        assert model.understudy.counters == Counters()
+        for _ in range(2):
+            assert torch.equal(say(model), resident)
+        counted = model.understudy.counters
+        assert counted.lookups > 0 and counted.misses == 0
 
 
 def test_with_the_kernels_that_compute_experts(

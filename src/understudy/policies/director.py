@@ -253,6 +253,12 @@ class Director:
         self.evictor.admit(load.expert, speculative=False)
         return slot
 
+    def welcome(self, expert: ExpertId) -> Slot:
+        """A free slot for one that is brought before anybody asks: neither demand nor guess."""
+        slot = self.book.reserve(expert)
+        self.evictor.admit(expert, speculative=False)
+        return slot
+
     def bring(self, load: Load) -> None:
         """`commit` for callers whose loads take no time, or who keep time by themselves."""
         self.commit(load)
@@ -268,12 +274,19 @@ class Director:
 
     def take_over(self, residents: Sequence[tuple[ExpertId, int]]) -> None:
         """Somebody else had the slots and leaves these in them, least recently used first."""
+        stay = {expert for expert, slot in residents if self._sits(expert, slot)}
         for expert in list(self.book):
-            self.book.evict(expert)
             self.evictor.remove(expert)
+            if expert not in stay:
+                self.book.evict(expert)
         for expert, slot in residents:
-            self.book.seat(expert, slot)
+            if expert not in stay:  # to search the free slots for each of thousands takes long
+                self.book.seat(expert, slot)
             self.evictor.admit(expert, speculative=False)
+
+    def _sits(self, expert: ExpertId, index: int) -> bool:
+        slot = self.book.slot(expert)
+        return slot is not None and slot.index == index
 
     def _evict(self, victim: ExpertId) -> None:
         slot = self.book.evict(victim)

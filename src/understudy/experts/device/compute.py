@@ -54,8 +54,10 @@ class DeviceCompute:
         return KernelWork(self, kernel, layer, x, ids, weights, keep)
 
     def close(self) -> None:
-        """The host tier is closed by the queue, after its last copy."""
+        """Nobody asks any more; what was asked for ends first, and may read either memory."""
+        self.device.compute.record().synchronize()
         self.slots.close()
+        self.host.close()
 
 
 class _InPlace:

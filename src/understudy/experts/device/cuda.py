@@ -6,17 +6,17 @@ it is what no machine without an accelerator can test.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from understudy.core import UnderstudyError
 from understudy.experts.device import DeviceFull, Event, Graph, PinningRefused, Stream
-
-PAGE = 4096
 
 
 def open_cuda(asked: str) -> Cuda:
@@ -101,26 +101,45 @@ class CudaGraph:
 
     def __init__(self, shares: CudaGraph | None) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        self._pool = None if shares is None else shares.graph.pool()
+        self._pool: Any = torch.cuda.graph_pool_handle() if shares is None else shares._pool
         # torch gives memory of a pool only to the stream that had it before.
         self._stream: torch.cuda.Stream = torch.cuda.Stream() if shares is None else shares._stream
         self._inside: Any = None
 
     def begin(self) -> None:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a recording takes new memory, and cannot ask for this meanwhile
         self._inside = torch.cuda.stream(self._stream)
         self._inside.__enter__()
-        self.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            self.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        except BaseException:
+            self._inside.__exit__(None, None, None)
+            _forget_recording(self._pool)
+            raise
 
     def end(self) -> None:
         try:
             self.graph.capture_end()
+        except BaseException:
+            _forget_recording(self._pool)
+            raise
         finally:
             self._inside.__exit__(None, None, None)
             torch.cuda.synchronize()
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+def _forget_recording(pool: tuple[int, int]) -> None:
+    """After one that failed. torch 2.11 does not do that: its allocator would believe for good that
+    a recording is under way, and whoever draws random numbers (sampling) would fail."""
+    index = torch.cuda.current_device()
+    with suppress(RuntimeError):  # a torch that has done it says so
+        torch._C._cuda_endAllocateToPool(index, pool)
+    dice = torch.cuda.default_generators[index]
+    dice.graphsafe_set_state(dice.clone_state())
 
 
 class Cuda:
@@ -159,13 +178,13 @@ class Cuda:
 
     def pin(self, nbytes: int) -> torch.Tensor:
         """By registering memory of our own: torch's pinned allocator rounds to powers of two."""
-        memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAGE
-        memory = memory[start : start + nbytes]
+        memory = _pages(nbytes)
         code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
         if code != 0:
+            # CUDA keeps its last error until it is asked for, which torch does after each kernel:
+            # without this one the next kernel of somebody else would seem to have failed.
             with suppress(RuntimeError):
-                torch.cuda.synchronize()  # forget the error: it is answered here
+                torch.zeros(1, device=self.torch_device)
             raise PinningRefused(
                 f"the system refuses to pin {nbytes >> 20} MiB (CUDA error {code})"
             )
@@ -181,7 +200,8 @@ class Cuda:
         return CudaGraph(shares)
 
     def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-        kernel[tuple(grid)](*args, **options)
+        with torch.cuda.device(self.index):  # which each thread has a current one of
+            kernel[tuple(grid)](*args, **options)
 
     def fetch(self, *tensors: torch.Tensor) -> list[Any]:
         """Through pinned memory: a read into pageable memory is staged, and waits twice."""
@@ -205,3 +225,14 @@ class Cuda:
 
     def reads(self, memory: torch.Tensor) -> None:
         """Nothing to look for."""
+
+
+def _pages(nbytes: int) -> torch.Tensor:
+    """Memory that starts on a page, in huge ones where there are any: pinning takes its time by the
+    page. A process that is forked gets none of it; it would be given copies of pinned pages."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with suppress(OSError):
+                memory.madvise(getattr(mmap, advice))
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8))

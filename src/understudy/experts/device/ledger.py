@@ -95,8 +95,8 @@ class Ledger:
         self.stamp, self.guard = self._arrays["stamp"], self._arrays["guard"]
         self.clock, self.counters = self._arrays["clock"], self._arrays["counters"]
         self.demand, self.guessed = self._list("demand"), self._list("guessed")
-        self._write("addresses", addresses)
-        self._write("counters", torch.zeros(COUNTERS, dtype=torch.int64))
+        self._write("addresses", addresses.flatten().tolist())
+        self._write("counters", [0] * COUNTERS)
 
     def adopt(self, residents: Mapping[ExpertId, int], free: Sequence[int]) -> list[ExpertId]:
         """Take over a cache: who is in which slot, least recently used first, and the free slots.
@@ -104,26 +104,23 @@ class Ledger:
         if sorted([*residents.values(), *free]) != list(range(self.slots)):
             raise ValueError(f"a ledger adopts each of its {self.slots} slots once")
         pools, left = _shared_out(residents, free, quotas(self.layers, self.experts, self.slots))
-        table = torch.full((self.layers, self.experts), NOBODY, dtype=torch.int32)
-        pool = torch.zeros((self.layers, self.capacity), dtype=torch.int32)
-        owner = torch.full((self.slots,), NOBODY, dtype=torch.int32)
-        stamp = torch.zeros(self.slots, dtype=torch.int64)
+        # Lists, because a tensor takes long to fill one by one.
+        table = [NOBODY] * (self.layers * self.experts)
+        owner, stamp = [NOBODY] * self.slots, [0] * self.slots
         gone = set(left)
         for time, (expert, slot) in enumerate(residents.items(), start=1):
             if expert not in gone:
-                table[expert] = slot
                 owner[slot] = expert.layer * self.experts + expert.expert
+                table[owner[slot]] = slot
                 stamp[slot] = time
-        for layer, places in enumerate(pools):
-            pool[layer, : len(places)] = torch.tensor(places, dtype=torch.int32)
         self._write("table", table)
-        self._write("pool", pool)
-        self._write("size", torch.tensor([len(places) for places in pools], dtype=torch.int32))
+        self._write("pool", [n for row in pools for n in row + [0] * (self.capacity - len(row))])
+        self._write("size", [len(places) for places in pools])
         self._write("owner", owner)
         self._write("stamp", stamp)
-        self._write("fresh", torch.zeros(self.slots, dtype=torch.int32))
-        self._write("guard", torch.zeros(self.slots, dtype=torch.int64))
-        self._write("clock", torch.tensor([len(residents) + 1], dtype=torch.int64))
+        self._write("fresh", [0] * self.slots)
+        self._write("guard", [0] * self.slots)
+        self._write("clock", [len(residents) + 1])
         return left
 
     def residents(self) -> list[tuple[ExpertId, int]]:
@@ -142,8 +139,9 @@ class Ledger:
         of = (self._arrays[f"{name}.{part}"] for part in ("sources", "targets", "names", "length"))
         return CopyList(*of)
 
-    def _write(self, name: str, values: torch.Tensor) -> None:
-        self.device.compute.copy(self._arrays[name], values)
+    def _write(self, name: str, values: Sequence[int]) -> None:
+        to = self._arrays[name]
+        self.device.compute.copy(to, torch.tensor(values, dtype=to.dtype).view(to.shape))
 
 
 def _shared_out(

@@ -148,12 +148,14 @@ class DeviceQueue:
         """Wait until nothing is under way and nothing is queued."""
         self._guesses.clear()
         while self._jobs:
-            for job in [*self._speculations, *self._demands]:
-                if job.landed is not None:
-                    job.landed.synchronize()
-            while self._speculations:
-                self._land(self._speculations.popleft())
-            self.wait(None)
+            for jobs in (self._speculations, self._demands):
+                for job in list(jobs):
+                    if job.landed is not None:
+                        job.landed.synchronize()
+                        jobs.remove(job)
+                        self._land(job)
+            if self._jobs:  # on their way from disk
+                self.wait(None)
         self._watch.settle(self.meter)
 
     def require_open(self) -> None:
@@ -175,7 +177,8 @@ class DeviceQueue:
         return self._watch.stalled
 
     def close(self) -> None:
-        """Nothing is asked for any more; what is under way ends first."""
+        """Nothing is asked for any more; what is under way ends first. Host memory stays: the
+        device may still compute from it."""
         with self.lock:
             self._stop = True
             self._guesses.clear()
@@ -183,7 +186,6 @@ class DeviceQueue:
             self._came.notify_all()
         for event in last:
             event.synchronize()
-        self.host.close()
 
     # ---------------------------------------------------------------------------------- the copies
 

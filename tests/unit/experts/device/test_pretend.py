@@ -397,6 +397,7 @@ x = torch.arange(6.0)
         lambda device: torch.rand(2),
         lambda device: F.dropout(x, 0.5),
         lambda device: torch.tensor([1, 2]),
+        lambda device: torch.tensor(2.0, device=device.torch_device),
         lambda device: device.fetch(x),
         lambda device: device.allocate(N),
         lambda device: device.pin(N),
