@@ -53,8 +53,9 @@ class Mxfp4:
     ) -> torch.Tensor:
         assert scales is not None
         out, inner = codes.shape[0], 2 * codes.shape[1]
-        numbers = F.embedding(codes.int(), _pairs(dtype)).view(out, scales.shape[1], BLOCK)
-        powers = _powers().index_select(0, scales.reshape(-1).int()).view(out, -1, 1)
+        pairs, exponents = _pairs(dtype, codes.device), scales.reshape(-1).int()
+        numbers = F.embedding(codes.int(), pairs).view(out, scales.shape[1], BLOCK)
+        powers = _powers(codes.device).index_select(0, exponents).view(out, -1, 1)
         return (numbers * powers).to(dtype).view(out, inner)
 
     def nbytes(self, out: int, inner: int) -> int:
@@ -65,17 +66,17 @@ MXFP4 = Mxfp4()
 
 
 @cache
-def _pairs(dtype: torch.dtype) -> torch.Tensor:
+def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Byte -> twice its two values, low half first. Twice, so that `_powers` fit into fp32."""
     values = 2 * torch.tensor(VALUES, dtype=dtype)
     byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1)
+    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).to(device)
 
 
 @cache
-def _powers() -> torch.Tensor:
+def _powers(device: torch.device) -> torch.Tensor:
     """Scale byte -> half of 2^(byte - 127), exact in fp32 for all 256 of them."""
-    return torch.exp2(torch.arange(256).double() - BIAS - 1).float()
+    return torch.exp2(torch.arange(256).double() - BIAS - 1).float().to(device)
 
 
 def _nearest(numbers: torch.Tensor) -> torch.Tensor:
