@@ -176,6 +176,9 @@ class Cuda:
                 "use a smaller --device-memory"
             ) from None
 
+    def free(self, memory: torch.Tensor) -> None:
+        memory.untyped_storage().resize_(0)
+
     def pin(self, nbytes: int) -> torch.Tensor:
         """By registering memory of our own: torch's pinned allocator rounds to powers of two."""
         memory = _pages(nbytes)

@@ -101,8 +101,10 @@ class DeviceSlots:
         self._read.clear()
 
     def close(self) -> None:
+        """No launch may be under way. Kernels and recorded steps know the arena, and live as long
+        as the model: its memory cannot wait for them."""
         self._weights.clear()
-        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.device.free(self.arena)
 
 
 def slab_bytes(slabs: Sequence[Slab]) -> int:
