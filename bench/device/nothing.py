@@ -55,6 +55,8 @@ class Nothing:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def free(self, memory: torch.Tensor) -> None: ...
+
     def pin(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 

@@ -155,6 +155,17 @@ class Pretend:
             self._allocations += 1
             return self._pages(nbytes, f"device memory {self._allocations}", on_device=True)
 
+    def free(self, memory: torch.Tensor) -> None:
+        """What is read from then on is NaN."""
+        with self.lock:
+            for access in self.ledger.touching(*extent(memory)):
+                raise Race(f"freed at {caller()}, and {access.what} may still be under way")
+            start = memory.data_ptr()
+            nbytes, name = self._names[start]
+            self._names[start] = 0, f"{name}, which was freed"
+            self._used -= nbytes
+            memory.fill_(0xFF)
+
     def pin(self, nbytes: int) -> torch.Tensor:
         with self.lock:
             self.refuse_while_recording("to pin")
@@ -243,11 +254,11 @@ class Pretend:
         pages.fill(0xFF)
         memory = torch.from_numpy(pages)
         self._names[memory.data_ptr()] = (nbytes, name)
-        freed = weakref.finalize(pages, self._freed, memory.data_ptr(), nbytes if on_device else 0)
+        freed = weakref.finalize(pages, self._freed, memory.data_ptr(), on_device)
         freed.atexit = False
         return memory
 
-    def _freed(self, start: int, nbytes: int) -> None:
+    def _freed(self, start: int, on_device: bool) -> None:
         """Nobody holds a tensor there any more: its address may become something else's."""
-        self._used -= nbytes
-        del self._names[start]
+        nbytes, _ = self._names.pop(start)
+        self._used -= nbytes if on_device else 0

@@ -157,6 +157,19 @@ def test_the_host_waits_for_no_copy(tiny: Any, pretend: Any) -> None:
         assert model.understudy.counters.misses > 0 and device.waits == waits
 
 
+def test_a_closed_model_gives_its_slots_back(tiny: Any, pretend: Any) -> None:
+    model = loaded(tiny())
+    say(model)
+    runtime, plan = model.understudy.runtime, model.understudy.plan
+    device = runtime.transfer.device
+    free = device.free_bytes()
+    model.understudy.close()
+    assert device.free_bytes() == free + plan.slots * runtime.compute.slots.slot_bytes
+    assert not device.pinned
+    with pytest.raises(UnderstudyError, match="was closed"):
+        say(model)
+
+
 def test_a_budget_that_is_too_small_says_what_would_do(tiny: Any, pretend: Any) -> None:
     source = tiny("mixtral", "bfloat16")
     with pytest.raises(

@@ -219,6 +219,18 @@ def test_bits_depend_neither_on_company_nor_on_order_nor_on_threads(dtype: torch
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "ct-int4", "fp8", "mxfp4"])
+def test_weights_on_a_device_are_left_to_torch(kind: str) -> None:
+    """Meta tensors stand in for those of a device: C could read neither, and torch lets neither
+    meet a tensor of the processor."""
+    made: dict[str, tuple[torch.Tensor, ...]] = {}
+    for name, shape in (("gate_up_proj", (256, 128)), ("down_proj", (128, 128))):
+        codes, scales = formats.get(kind).pack(torch.randn(*shape)).values()
+        made |= {name: (codes.to("meta"),), f"{name}_scales": (scales.to("meta"),)}
+    x = torch.empty(4, 128, dtype=torch.bfloat16, device="meta")
+    assert ExpertMlp(_Module(), kind, native_rows=8)(x, Weights(made)).shape == (4, 128)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_bits_of_packed_experts_depend_neither_on_company_nor_on_threads(kind: str) -> None:
     torch.manual_seed(3)

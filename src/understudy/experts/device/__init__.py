@@ -80,6 +80,10 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] on the device, aligned to 256 bytes. Raises `DeviceFull`."""
 
+    def free(self, memory: torch.Tensor) -> None:
+        """Give back what `allocate` gave, whoever still holds a tensor over it: nobody may use it
+        any more, and nothing that does may be under way."""
+
     def pin(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] of page-locked host memory, page-aligned, that the device can read by its
         host address. Raises `PinningRefused`."""

@@ -7,6 +7,7 @@ it is what no machine without an accelerator can test.
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ class Cuda:
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(index)
         self._pinned: dict[int, torch.Tensor] = {}
+        weakref.finalize(self, _unpin_all, self._pinned).atexit = False
 
     @property
     def compute(self) -> Stream:
@@ -176,6 +178,9 @@ class Cuda:
                 "use a smaller --device-memory"
             ) from None
 
+    def free(self, memory: torch.Tensor) -> None:
+        memory.untyped_storage().resize_(0)
+
     def pin(self, nbytes: int) -> torch.Tensor:
         """By registering memory of our own: torch's pinned allocator rounds to powers of two."""
         memory = _pages(nbytes)
@@ -192,8 +197,9 @@ class Cuda:
         return memory
 
     def unpin(self, memory: torch.Tensor) -> None:
-        if self._pinned.pop(memory.data_ptr(), None) is not None:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        pinned = self._pinned.pop(memory.data_ptr(), None)
+        if pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(pinned.data_ptr())
 
     def graph(self, shares: Graph | None = None) -> Graph:
         assert shares is None or isinstance(shares, CudaGraph)
@@ -225,6 +231,15 @@ class Cuda:
 
     def reads(self, memory: torch.Tensor) -> None:
         """Nothing to look for."""
+
+
+def _unpin_all(pinned: dict[int, torch.Tensor]) -> None:
+    """What nobody has unpinned, before its memory goes: addresses that stay registered are refused
+    when the system gives them to us again."""
+    while pinned:
+        start, memory = pinned.popitem()
+        torch.cuda.cudart().cudaHostUnregister(start)
+        del memory
 
 
 def _pages(nbytes: int) -> torch.Tensor:

@@ -49,9 +49,13 @@ class DeviceSlots:
         self._arriving: dict[int, Event] = {}
         self._read: dict[int, Event] = {}
         self._weights: dict[int, tuple[ExpertId, Weights]] = {}
+        self._places: dict[int, torch.Tensor] = {}
 
     def memory(self, slot: int) -> torch.Tensor:
-        return self.arena[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+        """uint8 [slot_bytes]. Kept: making a view takes as long as asking for a copy."""
+        if slot not in self._places:
+            self._places[slot] = self.arena.narrow(0, slot * self.slot_bytes, self.slot_bytes)
+        return self._places[slot]
 
     def weights(self, expert: ExpertId, slot: int) -> Weights:
         """The parameters of ``expert`` in ``slot``, as views."""
@@ -106,8 +110,11 @@ class DeviceSlots:
         self._read.clear()
 
     def close(self) -> None:
+        """No launch may be under way. Kernels and recorded steps know the arena, and live as long
+        as the model: its memory cannot wait for them."""
         self._weights.clear()
-        self.arena = torch.empty(0, dtype=torch.uint8)
+        self._places.clear()
+        self.device.free(self.arena)
 
 
 def slab_bytes(slabs: Sequence[Slab]) -> int:
