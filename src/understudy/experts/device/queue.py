@@ -9,7 +9,8 @@ done by the device. Every method is called with the lock held, except `close`. R
 * a demand is asked for at once, on a stream of its own; `wait` lands the oldest ones *in the order
   of the compute stream*: the device waits for the copy, the host goes on
 * speculation is asked of a second stream, behind the demands asked for so far, and never more than
-  ``most`` bytes of it are under way, so that a demand never waits long behind one
+  ``most`` bytes of it are under way, so that a demand never waits long behind one. Not so for a
+  prompt: it needs most experts of the next layer, which come while this one's are computed
 * a speculation takes its slot when it is issued; queued ones are replaced by the next plan; one
   whose bytes are not in host memory would come too late and is left out
 * a demand for a speculation under way makes it a demand; one expert is never copied twice at once
@@ -76,6 +77,7 @@ class DeviceQueue:
         self._jobs: dict[ExpertId, _Job] = {}
         self._errors: dict[ExpertId, BaseException] = {}
         self._last_demand: Event | None = None
+        self._sweeping = False  # the last demands were a prompt's
         self._stop = False
 
     # ------------------------------------------------------------------------ asked by the runtime
@@ -86,6 +88,7 @@ class DeviceQueue:
         """Bring each expert into its reserved slot, in this order. Those in host memory are copied
         first: room for the others may be made at their expense."""
         self.require_open()
+        self._sweeping = as_they_lie
         jobs = [self._job(expert, slot, speculative=False) for expert, slot in loads]
         self._demands.extend(jobs)
         here = [job for job in jobs if job.expert in self.host]
@@ -218,7 +221,7 @@ class DeviceQueue:
         """Speculation into what the demands leave of the link."""
         under_way = sum(job.nbytes for job in self._speculations)
         jobs = []
-        while self._guesses and under_way < self._most:
+        while self._guesses and (self._sweeping or under_way < self._most):
             guess = self._guesses.popleft()
             slot = self._place(guess) if guess.expert in self.host else None
             if slot is not None:
