@@ -140,11 +140,10 @@ class ExpertMlp:
     def _unpacked(
         self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The matrix as numbers; in C where it can be, which is on the processor: the same bits,
-        several times sooner."""
+        """The matrix as numbers; in C where it can be: the same bits, several times sooner."""
         assert self.format is not None
-        here = codes.is_cpu and native.library() is not None
-        if not here or not self._readable(codes, scales, dtype):
+        here = codes.device.type == "cpu"  # C reads host memory only
+        if not here or native.library() is None or not self._readable(codes, scales, dtype):
             return self.format.unpack(codes, scales, dtype)
         return native.unpack(codes, scales, self._inner(codes), *self._kind(codes, scales), dtype)
 

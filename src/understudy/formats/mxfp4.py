@@ -53,9 +53,10 @@ class Mxfp4:
     ) -> torch.Tensor:
         assert scales is not None
         out, inner = codes.shape[0], 2 * codes.shape[1]
-        pairs, exponents = _pairs(dtype, codes.device), scales.reshape(-1).int()
-        numbers = F.embedding(codes.int(), pairs).view(out, scales.shape[1], BLOCK)
-        powers = _powers(codes.device).index_select(0, exponents).view(out, -1, 1)
+        numbers = F.embedding(codes.int(), _pairs(dtype, codes.device)).view(
+            out, scales.shape[1], BLOCK
+        )
+        powers = _powers(codes.device).index_select(0, scales.reshape(-1).int()).view(out, -1, 1)
         return (numbers * powers).to(dtype).view(out, inner)
 
     def nbytes(self, out: int, inner: int) -> int:
