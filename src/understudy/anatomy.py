@@ -236,15 +236,19 @@ def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection
 def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) -> int:
     """Working memory of one prefill chunk: the residual stream and its copies, the rows gathered
     for experts and their outputs per rank, and the intermediate rows of one expert; on a device,
-    where all are computed in one launch, those of all ranks."""
+    where all are computed in one launch, those of all ranks, and keys and values of the whole
+    context for every head: a recorded step's cache is as long as that from the start."""
     text = guest.text_config(a.checkpoint.config)
     hidden = int(getattr(text, "hidden_size", 0) or 0)
     k = max(1, guest.experts_per_token(a.checkpoint.config))
     width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
-    experts_at_once = 1 if options.device == "cpu" else k
-    per_token = (12 + 2 * k) * hidden + 3 * experts_at_once * width
+    on_device = options.device != "cpu"
+    per_token = (12 + 2 * k) * hidden + 3 * (k if on_device else 1) * width
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    head = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
+    whole = 2 * heads * head * context * dtype.itemsize if on_device else 0
     tokens = min(options.prefill_chunk_size or context, context)
-    return tokens * per_token * max(4, dtype.itemsize) + _unpacking(a, dtype)
+    return tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
 
 
 def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:

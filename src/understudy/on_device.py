@@ -120,7 +120,7 @@ class OnDevice:
         beside, costs = self._processor(director, model)
         runtime = Runtime(
             director=director,
-            compute=DeviceCompute(device, slots, host, mlps, kernels, beside),
+            compute=DeviceCompute(device, slots, host, mlps, kernels, beside, queue.read),
             transfer=queue,
             lock=lock,
             lookahead=Lookahead(guest.routers(model, a.modules), _products(), minds.foresight),

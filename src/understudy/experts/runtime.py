@@ -85,7 +85,7 @@ class Runtime:
         self._lock = lock
         self.section = threading.Lock()  # one event at a time
         self.claim: Callable[[], None] | None = None  # gets the slots back from whoever has them
-        self._costs = costs or Costs()
+        self._costs = self._known = costs or Costs()
         self._clock = Counters()  # what only the hands can count: seconds, steps, tokens
         self._settled = False  # every expert is resident, and nobody ever leaves
 
@@ -158,7 +158,7 @@ class Runtime:
             meter = self.transfer.meter
             self._costs = replace(
                 self._costs,
-                link_bandwidth=meter.bandwidth or self._costs.link_bandwidth,
+                link_bandwidth=self._known.link_bandwidth or meter.bandwidth,
                 link_idle=meter.idle,
                 queued=self.transfer.queued,
             )

@@ -11,12 +11,12 @@ on the model and the number of tokens, never on what is resident: bits must not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from understudy.core import ExpertId
+from understudy.core import NOBODY, ExpertId
 from understudy.experts.compute import Batch, ExpertMlp, Work, bucket
 from understudy.experts.device import Device
 from understudy.experts.device.host import HostTier
@@ -38,11 +38,13 @@ class DeviceCompute:
 
     def __init__(
         self, device: Device, slots: DeviceSlots, host: HostTier, mlps: Sequence[ExpertMlp],
-        kernels: Sequence[Kernel | None], host_mlps: Sequence[ExpertMlp] = (),
+        kernels: Sequence[Kernel | None], host_mlps: Sequence[ExpertMlp],
+        read: Callable[[ExpertId], None],
     ) -> None:  # fmt: skip
-        """``host_mlps``: what computes in host memory, where a policy asks for that."""
+        """``host_mlps``: what computes in host memory, where a policy asks for that; ``read``
+        brings an expert there."""
         self.device, self.slots, self.host = device, slots, host
-        self.mlps, self.kernels, self.host_mlps = mlps, kernels, host_mlps
+        self.mlps, self.kernels, self.host_mlps, self.read = mlps, kernels, host_mlps, read
 
     def begin(
         self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
@@ -75,7 +77,7 @@ class _InPlace:
         batch = Batch(place.device.bring(self.x), self.ids, torch.empty(0))
         for expert in experts:
             if expert not in place.host:
-                place.host.fill([expert], lambda count: None)
+                place.read(expert)
             batch.compute(
                 expert.expert, place.host_mlps[self._layer], slab.views(place.host.take(expert))
             )
@@ -98,6 +100,8 @@ class KernelWork(_InPlace):
         self.tokens, self.k = len(ids), len(ids[0])
         self._place, self._layer, self._kernel, self._keep = place, layer, kernel, keep
         self._todo = {e for row in ids for e in row}
+        self._sent: torch.Tensor | None = None  # the ids, on the device
+        self._last = 0  # the largest of them
         self._out: torch.Tensor | None = None
         self._sum: torch.Tensor | None = None
 
@@ -130,8 +134,16 @@ class KernelWork(_InPlace):
         self.out.view(-1, self.x.shape[1])[pairs] = rows
 
     def _slots(self, where: dict[int, int]) -> torch.Tensor:
-        rows = [[where.get(e, -1) for e in row] for row in self.ids]
-        return self._place.device.send(torch.tensor(rows, dtype=torch.int32))
+        send = self._place.device.send
+        if self.tokens <= FEW:
+            rows = [[where.get(e, NOBODY) for e in row] for row in self.ids]
+            return send(torch.tensor(rows, dtype=torch.int32))
+        if self._sent is None:  # a prompt's experts come in groups: its ids are sent once
+            self._sent = send(torch.tensor(self.ids))
+            self._last = max(map(max, self.ids))
+        table = torch.full((self._last + 2,), NOBODY, dtype=torch.int32)  # the last one: NOBODY's
+        table[list(where)] = torch.tensor(list(where.values()), dtype=torch.int32)
+        return send(table)[self._sent]
 
     def skip(self, expert: int) -> None:
         self._todo.discard(expert)

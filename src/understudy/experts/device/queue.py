@@ -33,6 +33,7 @@ from understudy.experts.transfer import Meter
 from understudy.policies.residency import Residency, Slot
 
 GROUP = 64 << 20  # bytes that are landed together: a prompt's experts are computed as they come
+PATIENCE = 0.2  # seconds between looks at whether the model was closed
 SPECULATION = 32 << 20  # bytes of speculation under way, where nobody measured
 
 
@@ -142,7 +143,7 @@ class DeviceQueue:
             group.append(self._speculations.popleft())
         if not group:
             return not self._demands or self._came.wait(timeout)
-        self._watch.stall(self.device.compute, group[-1].landed)
+        self._watch.stall(self.device.compute, [job.landed for job in group])
         for job in group:
             self._land(job)
         return True
@@ -201,17 +202,18 @@ class DeviceQueue:
         """Ask for these copies, timed together: between two of them the link does not rest."""
         if not jobs:
             return
+        for job in jobs:
+            self.slots.claim(stream, job.slot)
         started = stream.record(timed=True)
         for job in jobs:
             source = self.host.take(job.expert)
             self.book.launch(job.expert)
-            job.landed = self.slots.copy_in(stream, job.expert, job.slot, source, timed=True)
+            job.landed = self.slots.copy_in(stream, job.expert, job.slot, source)
             self.host.leaving(job.expert, job.landed)
-        landed = jobs[-1].landed
-        assert landed is not None
-        self._watch.copied(started, landed, sum(job.nbytes for job in jobs))
+        last = stream.record(timed=True)
+        self._watch.copied(started, last, sum(job.nbytes for job in jobs))
         if stream is self._urgent:
-            self._last_demand = landed
+            self._last_demand = last
 
     def _land(self, job: _Job) -> None:
         del self._jobs[job.expert]
@@ -234,6 +236,24 @@ class DeviceQueue:
 
     # ------------------------------------------------------------------------------------ the disk
 
+    def read(self, expert: ExpertId) -> None:
+        """Bring an expert to host memory and no further; the host waits. Called without the lock.
+        Raises what the disk raised."""
+        asked = False
+        with self.lock:
+            while True:
+                self._take_from_disk()
+                error = self._errors.pop(expert, None)
+                if error is not None:
+                    raise error
+                if expert in self.host:
+                    return
+                self.require_open()
+                if not asked and self.host.has_room:
+                    self.host.request(expert, self._read)
+                    asked = True
+                self._came.wait(PATIENCE)
+
     def _ask_disk(self) -> None:
         while self._unread and self.host.has_room:
             job = self._unread.popleft()
@@ -249,14 +269,15 @@ class DeviceQueue:
         came, self._from_disk = self._from_disk, []
         for expert, error in came:
             self.host.arrived(expert, error)
-            job = self._jobs[expert]
-            if error is None:
+            job = self._jobs.get(expert)  # None: it goes no further than host memory
+            if error is not None:
+                self._errors[expert] = error
+            if job is not None and error is None:
                 self._copy_all([job], self._urgent)
-            else:
+            elif job is not None:
                 del self._jobs[expert]
                 self._demands.remove(job)
                 self._forget(expert, job.nbytes)
-                self._errors[expert] = error
         if came:
             self._ask_disk()
 
@@ -276,12 +297,14 @@ class _Watch:
     def copied(self, started: Event, landed: Event, nbytes: int) -> None:
         self._copies.append((started, landed, nbytes))
 
-    def stall(self, compute: Stream, landed: Event | None) -> None:
-        """The compute stream waits for ``landed`` now."""
-        if landed is None or landed.done():
+    def stall(self, compute: Stream, landings: Sequence[Event | None]) -> None:
+        """The compute stream waits for all of these now."""
+        flying = [landed for landed in landings if landed is not None and not landed.done()]
+        if not flying:
             return
         before = compute.record(timed=True)
-        compute.wait(landed)
+        for landed in flying:
+            compute.wait(landed)
         self._stalls.append((before, compute.record(timed=True)))
 
     def settle(self, meter: Meter) -> None:

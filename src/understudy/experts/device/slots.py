@@ -65,21 +65,21 @@ class DeviceSlots:
             self._weights[slot] = known
         return known[1]
 
-    def copy_in(
-        self, stream: Stream, expert: ExpertId, slot: int, source: torch.Tensor, *,
-        timed: bool = False,
-    ) -> Event:  # fmt: skip
-        """Ask ``stream`` to bring ``expert`` from ``source``. The event: it is there."""
+    def claim(self, stream: Stream, slot: int) -> None:
+        """What ``stream`` is asked for next may write to ``slot``."""
         for before in (self._read.pop(slot, None), self._arriving.pop(slot, None)):
             if before is not None:
                 stream.wait(before)
-        memory = self.memory(slot)
         if self.checking:
             with stream:
-                memory.fill_(POISON)
-        stream.copy(memory[: len(source)], source)
+                self.memory(slot).fill_(POISON)
+
+    def copy_in(self, stream: Stream, expert: ExpertId, slot: int, source: torch.Tensor) -> Event:
+        """Ask ``stream`` to bring ``expert`` from ``source`` to a slot that it has claimed. The
+        event: it is there."""
+        stream.copy(self.memory(slot)[: len(source)], source)
         self._holds[slot] = expert
-        landed = self._arriving[slot] = stream.record(timed=timed)
+        landed = self._arriving[slot] = stream.record()
         return landed
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,6 +183,32 @@ def test_somebody_who_waits_for_the_slot_of_a_guess_gets_it() -> None:
     desk.demand(2)  # over the copy of 1, which may not have happened yet
     desk.queue.wait()
     assert desk.bytes_of(2) == 2
+
+
+@pytest.mark.parametrize("error", [None, ReadFailed("gone")])
+def test_an_expert_for_the_processor_comes_to_host_memory_and_no_further(error: Any) -> None:
+    """Also when all slabs are being read into at first."""
+    desk = Desk(here=0)
+    desk.demand(3)
+    desk.host.has_room = False
+
+    def answers() -> None:
+        with desk.lock:
+            desk.host.has_room = True
+        desk.host.asked[0][1](expert(3), None)
+        while len(desk.host.asked) < 2:
+            time.sleep(0.001)
+        desk.host.asked[1][1](expert(5), error)
+
+    threading.Thread(target=answers).start()
+    if error is None:
+        desk.queue.read(expert(5))
+    else:
+        with pytest.raises(ReadFailed, match="gone"):
+            desk.queue.read(expert(5))
+    assert desk.states(5) == [State.FREE] and (expert(5) in desk.host) == (error is None)
+    desk.queue.wait()
+    assert desk.bytes_of(3) == 3
 
 
 def test_what_a_copy_took_is_metered_by_the_device() -> None:
