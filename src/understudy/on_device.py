@@ -64,6 +64,10 @@ def open_device(asked: str) -> Device:
     return opener(asked)
 
 
+class HostOnly(Exception):
+    """Decode steps are the host's to drive. The text says why."""
+
+
 class OnDevice:
     """Experts computed by an accelerator, in slots that are filled from host memory."""
 
@@ -147,41 +151,33 @@ class OnDevice:
             _bring_all(runtime.director, runtime.transfer, self.a.layouts)
 
     def _record(self, model: Any, built: Built, minds: Minds) -> None:
-        if self.o.frame == "eager" or minds.needs_residual:
-            self._only_host(built, "the frame is eager")
-            return
         try:
-            step = Step.record(model, self.device, built.runtime, built.plan.context)
+            step = self._step(model, built, minds)
+            model._captured, built.facts["frame"] = step, "recorded"
+            if self.o.decode != HOST:
+                model._captured = built.others = self._turns(model, built, step)
+        except (HostOnly, NotCaptured, BudgetTooSmall) as why:
+            if self.o.decode == DEVICE:
+                built.runtime.close()
+                raise UnderstudyError(
+                    f"--decode device is not possible: {why}; use --decode host"
+                ) from why
+            if self.o.decode == "auto":
+                built.facts["decode"] = f"{HOST}: {why}"
+
+    def _step(self, model: Any, built: Built, minds: Minds) -> Step:
+        """The host's. Raises `HostOnly` where steps stay eager."""
+        if self.o.frame == "eager" or minds.needs_residual:
+            raise HostOnly("the frame is eager")
+        try:
+            return Step.record(model, self.device, built.runtime, built.plan.context)
         except NotCaptured as e:
             built.notes.append(f"note: decode steps are not recorded, and slower: {e}")
-            self._only_host(built, "decode steps are not recorded")
-            return
-        model._captured = step
-        built.facts["frame"] = "recorded"
-        why = self._why_not_driven(built)
-        if why is None and self.o.decode != HOST:
-            try:
-                model._captured = turns = self._turns(model, built, step)
-            except (NotCaptured, BudgetTooSmall) as e:
-                why = str(e)
-            else:
-                built.others = turns
-        if why is not None:
-            self._only_host(built, why)
+            raise HostOnly("decode steps are not recorded") from e
 
-    def _only_host(self, built: Built, why: str) -> None:
-        """Said in `Handle.policies`, and an error where the device was asked for."""
-        if self.o.decode == "auto":
-            built.facts["decode"] = f"{HOST}: {why}"
-        if self.o.decode == DEVICE:
-            built.runtime.close()
-            raise UnderstudyError(f"--decode device is not possible: {why}; use --decode host")
-
-    def _why_not_driven(self, built: Built) -> str | None:
+    def _why_not_driven(self, compute: DeviceCompute) -> str | None:
         """Why the device cannot decide by itself; ``None`` where it can."""
-        o, compute, plain = self.o, built.runtime.compute, Options()
-        assert isinstance(compute, DeviceCompute)
-        memory = compute.host.memory
+        o, memory, plain = self.o, compute.host.memory, Options()
         if not all(compute.kernels):
             return "it needs the triton kernels"
         if not compute.host.holds_all or memory.pinned_slots < memory.slots:
@@ -197,8 +193,12 @@ class OnDevice:
         return None
 
     def _turns(self, model: Any, built: Built, by_host: Step) -> Turns:
+        """Raises `HostOnly`, `BudgetTooSmall` or `NotCaptured` where the device cannot decide."""
         compute, runtime = built.runtime.compute, built.runtime
         assert isinstance(compute, DeviceCompute)
+        why = self._why_not_driven(compute)
+        if why is not None:
+            raise HostOnly(why)
         modules, nbytes = self.a.modules, self.slabs[0].nbytes
         addresses = [
             [compute.host.address(ExpertId(layer, e)) for e in range(module.num_experts)]

@@ -29,7 +29,7 @@ FLOORS: list[list[set[str]]] = [
         {"texts"},
         {"intervals"},
     ],
-    [{"experts"}, {"model", "families", "frame", "captured"}, {"dense"}],
+    [{"experts"}, {"model", "families", "frame", "captured", "steady_cache"}, {"dense"}],
     [{"simulate"}, {"plan"}, {"machine"}, {"summary"}],
     [
         {
