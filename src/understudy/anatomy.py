@@ -244,9 +244,8 @@ def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) 
     width = max(max(shape[1:]) for m in a.modules for shape in m.params.values())
     on_device = options.device != "cpu"
     per_token = (12 + 2 * k) * hidden + 3 * (k if on_device else 1) * width
-    heads = getattr(text, "num_attention_heads", 0) or 0
-    head = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
-    whole = 2 * heads * head * context * dtype.itemsize if on_device else 0
+    config = a.checkpoint.config
+    whole = guest.repeated_kv_bytes(config, context, dtype.itemsize) if on_device else 0
     tokens = min(options.prefill_chunk_size or context, context)
     return tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
 

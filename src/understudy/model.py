@@ -534,18 +534,28 @@ def text_config(config: Any) -> Any:
 def kv_cache_estimate(config: Any, context: int, itemsize: int) -> int:
     """What `kv_cache_bytes` measures, from the configuration alone: exact for ordinary attention,
     too much for sliding windows and linear attention."""
+    return sum(_kv_numbers(layer, repeated=False) for layer in _layers(config)) * itemsize * context
+
+
+def repeated_kv_bytes(config: Any, context: int, itemsize: int) -> int:
+    """Keys and values of one layer, repeated for every head as attention may need them."""
+    numbers = (_kv_numbers(layer, repeated=True) for layer in _layers(config))
+    return max(numbers, default=0) * itemsize * context
+
+
+def _layers(config: Any) -> list[Any]:
+    """One configuration per layer; most families have the same for all."""
     c = text_config(config)
-    layers = getattr(c, "num_hidden_layers", 0) or 0
-    different = list(getattr(c, "per_layer_config", None) or ())  # layers may differ from another
-    numbers = sum(map(_kv_numbers, different)) if different else layers * _kv_numbers(c)
-    return numbers * itemsize * context
+    different = list(getattr(c, "per_layer_config", None) or ())
+    return different or [c] * (getattr(c, "num_hidden_layers", 0) or 0)
 
 
-def _kv_numbers(layer: Any) -> int:
+def _kv_numbers(layer: Any, *, repeated: bool) -> int:
     """Numbers that one attention layer keeps per token."""
     heads = getattr(layer, "num_attention_heads", 0) or 0
     head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
-    return int(2 * head_dim * (getattr(layer, "num_key_value_heads", None) or heads))
+    kept = None if repeated else getattr(layer, "num_key_value_heads", None)
+    return int(2 * head_dim * (kept or heads))
 
 
 def longest_context(config: Any) -> int | None:
