@@ -62,7 +62,13 @@ class Work(Protocol):
 
 
 class Compute(Protocol):
-    """Where experts are computed."""
+    """Where experts are computed. ``far``: reading a tensor makes the host wait for a device, so
+    what can be read together is."""
+
+    far: bool
+
+    def read(self, *tensors: torch.Tensor) -> list[Any]:
+        """As plain lists."""
 
     def begin(
         self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
@@ -341,8 +347,13 @@ class Batch:
 class HostCompute:
     """Experts computed by the CPU, from the slots of ``store``. ``mlps``: one per MoE layer."""
 
+    far = False
+
     def __init__(self, store: Store, mlps: Sequence[ExpertMlp]) -> None:
         self.store, self.mlps = store, mlps
+
+    def read(self, *tensors: torch.Tensor) -> list[Any]:
+        return [tensor.tolist() for tensor in tensors]
 
     def begin(
         self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,

@@ -12,7 +12,7 @@ later layers are asked in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,22 +44,41 @@ class Lookahead:
         self.unforeseen: dict[int, str] = {}  # layers that the foresight could not see last time
         self._shortcut = None if products is None else _Shortcut(routers, products)
 
+    def start(self, forward: Forward | None, layer: int, depth: int) -> dict[int, torch.Tensor]:
+        """Later MoE layer -> ids [1, k] where the model is, about one token, for those layers where
+        a product stands for the router. Launched and not waited for: who reads the current ids
+        reads these with them, and hands them to `ask`."""
+        if self._shortcut is None or self.foresight is not None:
+            return {}
+        if forward is None or layer not in forward.router_args:
+            return {}
+        args, kwargs = forward.router_args[layer]
+        if not _one_token(args, kwargs):
+            return {}
+        return self._shortcut.start(self._later(layer, depth), args[0])
+
+    def _later(self, layer: int, depth: int) -> list[int]:
+        end = min(layer + depth + 1, len(self.routers))
+        return [later for later in range(layer + 1, end) if later not in self.unavailable]
+
     def ask(
-        self, forward: Forward | None, event: LayerEvent, depth: int, rows: torch.Tensor | None
-    ) -> dict[int, Scored]:
+        self, forward: Forward | None, event: LayerEvent, depth: int, rows: torch.Tensor | None,
+        started: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    ) -> dict[int, Scored]:  # fmt: skip
         """Later MoE layer -> (ids, weights) per real token and rank, up to ``depth`` layers on.
-        ``event``: the current one, as it is carried out."""
+        ``event``: the current one, as it is carried out. ``started``: what `start` found, read."""
         layer = event.layer
         if forward is None or layer not in forward.router_args:
             return {}
-        end = min(layer + depth + 1, len(self.routers))
-        asked = [later for later in range(layer + 1, end) if later not in self.unavailable]
+        asked = self._later(layer, depth)
         if self.foresight is not None:
             self.foresight.learn_norm(forward, layer)
             return self._foresee(self.foresight, forward, event, asked)
         args, kwargs = forward.router_args[layer]
         shortcut = self._shortcut if rows is None and _one_token(args, kwargs) else None
-        answers = shortcut.ask(asked, args[0]) if shortcut else {}
+        if shortcut and started is None:
+            started = {n: ids.tolist() for n, ids in shortcut.start(asked, args[0]).items()}
+        answers = shortcut.answers(started or {}, args[0]) if shortcut else {}
         for later in asked:
             if later not in answers:
                 answer = self._call(later, args, kwargs, rows)
@@ -192,21 +211,23 @@ class _Shortcut:
                 self._compared[layer] = [0, 0, 0]
         self._picks: dict[int, int] = {}  # passed -> how many experts the router picks
 
-    def ask(self, layers: Sequence[int], x: torch.Tensor) -> dict[int, Scored]:
-        """The answers for those of ``layers`` that passed, about one token."""
+    def start(self, layers: Sequence[int], x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Ids [1, k] for those of ``layers`` that passed, about one token."""
         passed = [layer for layer in layers if layer in self._picks]
         if not passed:
             return {}
         matrices = [self._matrices[layer] for layer in passed]
         logits = self._products(x.view(1, -1), matrices)
-        answers: dict[int, Scored] = {}
-        kept, start = x.clone(), 0  # the memory of x is used again after this event
-        for layer, matrix in zip(passed, matrices, strict=True):
-            end = start + len(matrix)
-            ids = logits[:, start:end].topk(self._picks[layer]).indices.tolist()
-            answers[layer] = ids, _Weights(self._routers[layer], kept)
-            start = end
-        return answers
+        parts = torch.split(logits, [len(m) for m in matrices], dim=1)
+        picks = self._picks
+        return {n: part.topk(picks[n]).indices for n, part in zip(passed, parts, strict=True)}
+
+    def answers(
+        self, ids: Mapping[int, Sequence[Sequence[int]]], x: torch.Tensor
+    ) -> dict[int, Scored]:
+        """What was started about ``x``, once it was read."""
+        kept = x.clone() if ids else x  # the memory of x is used again after this event
+        return {n: (found, _Weights(self._routers[n], kept)) for n, found in ids.items()}
 
     def compare(self, layer: int, x: torch.Tensor, picked: Sequence[int]) -> None:
         """The router of ``layer`` has picked these: what would its product have said?"""

@@ -166,7 +166,7 @@ class Runtime:
             step=forward.step if forward else self._clock.steps,
             layer=call.layer,
             phase=forward.phase if forward else phase,
-            ids=call.ids.tolist(),
+            ids=self._read(call),
             weights=_Rows(call.weights),
             requests=forward.requests if forward else (),
             costs=self._costs,
@@ -179,6 +179,17 @@ class Runtime:
             event.weights = list(event.weights)  # tensors may be used again after this call
             self.recording.append(event)
         return event
+
+    def _read(self, call: _Call) -> list[list[int]]:
+        """The ids. Where the host must wait for them, look-ahead starts first and is read too."""
+        if not self.compute.far:
+            return call.ids.tolist()
+        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        started = self.lookahead.start(call.forward, call.layer, depth) if depth else {}
+        ids, *ahead = self.compute.read(call.ids, *started.values())
+        call.started = dict(zip(started, ahead, strict=True)) or None
+        found: list[list[int]] = ids
+        return found
 
     def _carry_out(
         self, call: _Call, event: LayerEvent, interrupts: Deferred | None
@@ -251,7 +262,9 @@ class Runtime:
         depth = self.director.predictor.lookahead if self.director.switch.on else 0
         foretell = self.director.route.wants_foretold and plan.event.phase is Phase.DECODE
         if depth or foretell:
-            found = self.lookahead.ask(call.forward, plan.event, max(1, depth), call.rows)
+            found = self.lookahead.ask(
+                call.forward, plan.event, max(1, depth), call.rows, call.started
+            )
             event.lookahead = plan.event.lookahead = found
             if foretell and call.forward is not None and call.layer + 1 in found:
                 ids, weights = found[call.layer + 1]
@@ -296,6 +309,7 @@ class _Call:
     weights: torch.Tensor
     forward: Forward | None
     rows: torch.Tensor | None = None
+    started: dict[int, Any] | None = None  # what look-ahead said while the ids were read
 
 
 class _Errand:

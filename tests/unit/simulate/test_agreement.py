@@ -70,6 +70,8 @@ class Queue:
 class Computing:
     """Takes the place of whoever computes: experts take their time and give zeros."""
 
+    far = False
+
     def __init__(self, link: Link) -> None:
         self.link = link
 
@@ -102,7 +104,7 @@ class Asking:
         self.link = link
         self.event: LayerEvent | None = None
 
-    def ask(self, forward: Any, event: LayerEvent, depth: int, rows: Any) -> Any:
+    def ask(self, forward: Any, event: LayerEvent, depth: int, rows: Any, started: Any) -> Any:
         assert self.event is not None and self.event.layer == event.layer
         self.link.advance(self.link.now + MACHINE.lookahead)
         said = self.event.lookahead.items()

@@ -12,7 +12,7 @@ on the model and the number of tokens, never on what is resident: bits must not.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -36,15 +36,20 @@ class Kernel(Protocol):
 class DeviceCompute:
     """``mlps`` and ``kernels``: one per MoE layer; no kernel: torch computes this layer."""
 
+    far = True
+
     def __init__(
         self, device: Device, slots: DeviceSlots, host: HostTier, mlps: Sequence[ExpertMlp],
         kernels: Sequence[Kernel | None], host_mlps: Sequence[ExpertMlp],
-        read: Callable[[ExpertId], None],
+        fill: Callable[[ExpertId], None],
     ) -> None:  # fmt: skip
-        """``host_mlps``: what computes in host memory, where a policy asks for that; ``read``
+        """``host_mlps``: what computes in host memory, where a policy asks for that; ``fill``
         brings an expert there."""
         self.device, self.slots, self.host = device, slots, host
-        self.mlps, self.kernels, self.host_mlps, self.read = mlps, kernels, host_mlps, read
+        self.mlps, self.kernels, self.host_mlps, self.fill = mlps, kernels, host_mlps, fill
+
+    def read(self, *tensors: torch.Tensor) -> list[Any]:
+        return self.device.fetch(*tensors)
 
     def begin(
         self, layer: int, x: torch.Tensor, ids: Sequence[Sequence[int]], weights: torch.Tensor,
@@ -77,7 +82,7 @@ class _InPlace:
         batch = Batch(place.device.bring(self.x), self.ids, torch.empty(0))
         for expert in experts:
             if expert not in place.host:
-                place.read(expert)
+                place.fill(expert)
             batch.compute(
                 expert.expert, place.host_mlps[self._layer], slab.views(place.host.take(expert))
             )
