@@ -234,3 +234,17 @@ def test_one_line_for_what_cannot_be(
 def test_without_an_accelerator_cuda_is_refused(tiny: Any) -> None:
     with pytest.raises(UnderstudyError, match=r"sees no accelerator.*--device cpu"):
         understudy.load(tiny("mixtral", "bfloat16"), device="cuda")
+
+
+def test_of_two_devices_the_first_or_the_one_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from understudy.experts.device import cuda
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "Cuda", lambda index: index)
+    assert [cuda.open_cuda("cuda"), cuda.open_cuda("cuda:1")] == [0, 1]
+    for asked, words in (("cuda:2", "only 2 visible"), ("cuda:x", "names no accelerator")):
+        with pytest.raises(UnderstudyError, match=words):
+            cuda.open_cuda(asked)

@@ -28,8 +28,10 @@ def open_cuda(asked: str) -> Cuda:
             f"--device {asked}: torch {torch.__version__} sees no accelerator here; "
             "use --device cpu, or install a torch build for your GPU"
         )
-    _, _, number = asked.partition(":")
-    index = int(number) if number.isdigit() else 0
+    _, colon, number = asked.partition(":")
+    if colon and not number.isdigit():
+        raise UnderstudyError(f"--device {asked} names no accelerator; use cuda or cuda:0")
+    index = int(number or 0)
     if index >= count:
         raise UnderstudyError(f"--device {asked}: only {count} visible; use cuda:0")
     return Cuda(index)
