@@ -216,6 +216,11 @@ class OnDevice:
             foresee=_Foreseen(runtime.lookahead) if ahead else None,
             most=max(1, SPECULATION // nbytes),
         )
+        if self.o.evictor != Options().evictor:
+            built.notes.append(
+                "note: while the device decides, each layer's least recently used expert leaves, "
+                f"whatever --evictor {self.o.evictor} would say"
+            )
         driven.adopt({}, range(built.plan.slots))
         seam, context = Rows(driven), built.plan.context
         try:

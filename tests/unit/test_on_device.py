@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import on_a_device
 import pytest
 import torch
 from families import configs
@@ -53,12 +54,7 @@ def loaded(source: Path, **options: Any) -> Any:
 
 
 def say(model: Any) -> torch.Tensor:
-    ids = torch.tensor([PROMPT])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=STEPS, do_sample=False,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-    return torch.stack([step[0] for step in out.logits])
+    return on_a_device.say(model, STEPS, PROMPT)
 
 
 def test_a_device_answers_what_the_cpu_answers(tiny: Any, pretend: Any) -> None:

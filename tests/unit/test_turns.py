@@ -118,6 +118,13 @@ def test_what_the_device_cannot_do_is_said(source: Path, options: dict[str, Any]
         loaded(source, **{**TRITON, "decode": "device", **options})
 
 
+def test_an_evictor_that_the_device_does_not_ask_is_told(source: Path) -> None:
+    notes: list[str] = []
+    asked = {**TRITON, "evictor": "lfu", "on_status": notes.append}
+    with loaded(source, **asked, decode="device"):
+        assert any("whatever --evictor lfu would say" in note for note in notes)
+
+
 def test_the_faster_one_stays() -> None:
     for times, faster in (({HOST: 2.0, DEVICE: 1.0}, DEVICE), ({HOST: 1.0, DEVICE: 2.0}, HOST)):
         choice, now, turns = Choice("auto"), 0.0, []

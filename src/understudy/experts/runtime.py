@@ -180,11 +180,15 @@ class Runtime:
             self.recording.append(event)
         return event
 
+    def _depth(self) -> int:
+        """How many layers the predictor wants to look ahead now."""
+        return self.director.predictor.lookahead if self.director.switch.on else 0
+
     def _read(self, call: _Call) -> list[list[int]]:
         """The ids. Where the host must wait for them, look-ahead starts first and is read too."""
         if not self.compute.far:
             return call.ids.tolist()
-        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        depth = self._depth()
         started = self.lookahead.start(call.forward, call.layer, depth) if depth else {}
         ids, *ahead = self.compute.read(call.ids, *started.values())
         call.started = dict(zip(started, ahead, strict=True)) or None
@@ -259,7 +263,7 @@ class Runtime:
     def _look_ahead(self, call: _Call, event: LayerEvent, plan: LayerPlan, errand: _Errand) -> None:
         """Ask later routers, and offer what the minds make of it to the idle link. ``event`` is as
         the router wanted it; whoever records it wants to know what was foreseen."""
-        depth = self.director.predictor.lookahead if self.director.switch.on else 0
+        depth = self._depth()
         foretell = self.director.route.wants_foretold and plan.event.phase is Phase.DECODE
         if depth or foretell:
             found = self.lookahead.ask(
