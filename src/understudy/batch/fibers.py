@@ -237,9 +237,7 @@ class Fibers:
     must be released, and a later step with one of them raises `LostRow`. Other rows are as before.
     """
 
-    def __init__(
-        self, model: Any, *, capacity: int, row_tokens: int = 0, kept: int = KEPT
-    ) -> None:
+    def __init__(self, model: Any, *, capacity: int, row_tokens: int = 0, kept: int = KEPT) -> None:
         """``capacity``: tokens of all rows together, as the plan of ``model`` counts them: one of
         its ``context`` tokens takes one, ``row_tokens`` of these whatever their number. A sliding
         window takes less in the end, but never more. ``kept``: so many rows that have left are
