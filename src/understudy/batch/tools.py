@@ -1,44 +1,28 @@
 """Tool calls: how a model is told of tools, held to their form, and heard when it calls one.
 
-Knows: the forms in which model families write calls (`FORMS`), chat templates, OpenAI's shape of
-tools, choices and streamed calls. Does not know: HTTP, how a grammar is compiled, what a tool does.
+Knows: chat templates, OpenAI's shape of tools and choices; which form of calls a model knows.
+Does not know: HTTP, how a grammar is compiled, what a tool does.
 
 A model whose chat template shows tools is told of them by its template. Any other is told in words
-of ours, in the form that most models were taught (Hermes). transformers has parsers for calls too,
-but they hand a call over when it is complete; clients are used to arguments as they are written.
+of ours, in the form that most models were taught (Hermes).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from understudy.batch import Grammar
-from understudy.batch.grammar import GrammarError, Grammars, json_rule
+from understudy.batch.grammar import GrammarError, Grammars
+from understudy.batch.text import special_ids
+from understudy.batch.toolforms import FORMS, Form, Rules
+from understudy.batch.toolparser import Content, ToolCallDelta, ToolParser
 from understudy.core import UnknownName
 
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Text that is no tool call."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """A piece of call number ``index``. Its first piece has ``id`` and ``name``; the ``arguments``
-    of all pieces, joined, are the JSON text that the model wrote."""
-
-    index: int
-    arguments: str = ""
-    id: str | None = None
-    name: str | None = None
+__all__ = ["Content", "Named", "ToolCallDelta", "ToolChoice", "ToolFormat", "ToolParser"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,73 +35,6 @@ class Named:
 ToolChoice = Literal["none", "auto", "required"] | Named
 Tool = Mapping[str, Any]  # OpenAI's: {"type": "function", "function": {"name", "parameters", ..}}
 Message = Mapping[str, Any]  # OpenAI's; ``content`` is a string or None (parts are joined before)
-Event = Content | ToolCallDelta
-
-
-# -------------------------------------------------------------------------------------- the forms
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How calls are written: ``open``, then ``before`` (a pattern) and an object with ``name`` and
-    ``arguments`` under these keys, then ``after`` (a pattern; its group ``more``: another object
-    follows). ``open`` empty: a call is an answer that begins with such an object; ``between`` two.
-    """
-
-    name: str
-    open: str
-    arguments: str
-    before: str
-    after: str
-    example: str
-    between: str = ""
-    special: bool = False  # ``open`` is a special token in the models that use it
-
-    def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Calls of the past, as the model would have written them."""
-        bodies = [
-            json.dumps({"name": c["name"], self.arguments: c["arguments"]}, ensure_ascii=False)
-            for c in calls
-        ]
-        if self.name == "mistral":
-            return f"{self.open} [{', '.join(bodies)}]"
-        if self.name == "json":
-            return f"{self.between} ".join(bodies)
-        return "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
-
-
-FORMS = {
-    form.name: form
-    for form in (
-        Form(
-            "hermes",
-            open="<tool_call>",
-            arguments="arguments",
-            before=r"\s*",
-            after=r"</tool_call>",
-            example='<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
-            "</tool_call>",
-        ),
-        Form(
-            "json",
-            open="",
-            arguments="parameters",
-            before=r"\s*(?:<\|python_tag\|>)?\s*",
-            after=r"\}",
-            example='{"name": <function-name>, "parameters": <args-json-object>}',
-            between=";",
-        ),
-        Form(
-            "mistral",
-            open="[TOOL_CALLS]",
-            arguments="arguments",
-            before=r"\s*\[?\s*",
-            after=r"\}\s*(?:(?P<more>,)|\])",
-            example='[TOOL_CALLS] [{"name": <function-name>, "arguments": <args-json-object>}]',
-            special=True,
-        ),
-    )
-}
 
 IN_WORDS = """# Tools
 
@@ -137,9 +54,11 @@ class ToolFormat:
     chat template shows tools. ``skip_special_tokens``: what an `Ask` with tools must have, so that
     the markers of calls stay in the text."""
 
-    def __init__(self, form: Form, native: bool, knows_system: bool) -> None:
+    def __init__(
+        self, form: Form, *, native: bool, knows_system: bool, skip_special_tokens: bool
+    ) -> None:
         self.form, self.native, self._knows_system = form, native, knows_system
-        self.skip_special_tokens = not form.special
+        self.skip_special_tokens = skip_special_tokens
 
     @classmethod
     def of(cls, name: str, tokenizer: Any, chat_template: str | None = None) -> ToolFormat:
@@ -150,8 +69,14 @@ class ToolFormat:
         template = _Template(tokenizer, chat_template)
         shows = template.shows_tools()
         found = FORMS.get(name) or (template.form() if shows else None)
-        # A form that is not known here could be shown to the model, but not understood.
-        return cls(found or FORMS["hermes"], shows and found is not None, template.knows_system())
+        form = found or FORMS["hermes"]
+        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+        return cls(
+            form,
+            native=shows and found is not None,  # what it shows must be what is understood here
+            knows_system=template.knows_system(),
+            skip_special_tokens=form.open not in special and form.last not in special,
+        )
 
     def render(
         self, tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool] = (), **kwargs: Any
@@ -181,7 +106,7 @@ class ToolFormat:
             if not functions:
                 raise GrammarError(f"tool_choice: there is no tool {choice.name!r}")
             parallel = False
-        rules = _Rules(self.form, functions, grammars.marker, parallel)
+        rules = Rules(self.form, functions, grammars.marker, parallel)
         if choice != "auto":
             return grammars.lark(rules.whole())
         return grammars.after(
@@ -192,22 +117,24 @@ class ToolFormat:
         return ToolParser(self.form, [tool["function"]["name"] for tool in tools])
 
     def _in_plain_turns(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Calls and results of the past for a template that has no place for them."""
+        """Calls and results of the past, for a template that has no place for them."""
         plain: list[dict[str, Any]] = []
+        after_result = False
         for message in messages:
-            calls = message.pop("tool_calls", None)
+            calls = [call["function"] for call in message.pop("tool_calls", None) or ()]
             if calls:
-                written = self.form.written([call["function"] for call in calls])
-                message["content"] = "\n".join(filter(None, [message["content"], written]))
-            if message["role"] != "tool":
-                plain.append(message)
-                continue
-            result = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if plain and plain[-1].get("results"):
-                plain[-1]["content"] += "\n" + result
+                said = [message["content"], self.form.written(calls)]
+                message["content"] = "\n".join(filter(None, said))
+            is_result = message["role"] == "tool"
+            if is_result:
+                result = f"<tool_response>\n{message['content']}\n</tool_response>"
+                message = {"role": "user", "content": result}
+            if is_result and after_result:
+                plain[-1]["content"] += "\n" + message["content"]
             else:
-                plain.append({"role": "user", "content": result, "results": True})
-        return [{k: v for k, v in message.items() if k != "results"} for message in plain]
+                plain.append(message)
+            after_result = is_result
+        return plain
 
     def _told_in_words(
         self, messages: list[dict[str, Any]], tools: Sequence[Tool]
@@ -287,264 +214,3 @@ class _Template:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
         except Exception:  # a template is a program of somebody else's, and says no as it likes
             return None
-
-
-class _Rules:
-    """The form as a grammar in Lark."""
-
-    def __init__(
-        self,
-        form: Form,
-        functions: Sequence[Mapping[str, Any]],
-        marker: Callable[[str], str],
-        parallel: bool,
-    ) -> None:
-        self._form, self._functions, self._marker = form, functions, marker
-        self._parallel = parallel
-
-    def whole(self) -> str:
-        """An answer that is calls and nothing else."""
-        form = self._form
-        if form.name == "hermes":
-            one = f"{self._marker(form.open)} {self._body()}"
-            start = f"({one}) (WS? {one})*" if self._parallel else one
-        elif form.name == "mistral":
-            start = f"{self._marker(form.open)} {self._body()}"
-        else:
-            start = self._calls()
-        return self._grammar(start)
-
-    def after_triggers(self) -> dict[str, str]:
-        """What makes a text a call -> how it goes on from there."""
-        if self._form.open:
-            return {self._form.open: self._grammar(self._body())}
-        names = [(json.dumps(f["name"]), f) for f in self._functions]
-        return {
-            f'{{"name":{space}{name}': self._grammar(f"{self._rest(f)}{self._others()}")
-            for name, f in names
-            for space in ("", " ")
-        }
-
-    def _body(self) -> str:
-        if self._form.name == "mistral":
-            return f'WS? "[" WS? {self._calls()} WS? "]"'
-        return f"WS? call WS? {self._marker('</tool_call>')}"
-
-    def _calls(self) -> str:
-        return f"call {self._others()}"
-
-    def _others(self) -> str:
-        separator = self._form.between or ","
-        return f' (WS? "{separator}" WS? call)*' if self._parallel else ""
-
-    def _grammar(self, start: str) -> str:
-        calls = " | ".join(
-            f'"{{" WS? "\\"name\\"" WS? ":" WS? {_quoted(json.dumps(f["name"]))} {self._rest(f)}'
-            for f in self._functions
-        )
-        return f"start: {start}\ncall: {calls}\nWS: / |\\n[ \\t]{{0,32}}/\n"
-
-    def _rest(self, function: Mapping[str, Any]) -> str:
-        """A call from the end of its name on."""
-        key = _quoted(json.dumps(self._form.arguments))
-        value = json_rule(_schema(function), strict=bool(function.get("strict")))
-        return f'WS? "," WS? {key} WS? ":" WS? {value} WS? "}}"'
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _schema(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a function's arguments. No parameters said: it has none."""
-    parameters = function.get("parameters")
-    if not parameters:
-        return {"type": "object", "additionalProperties": False}
-    return {"type": "object", **parameters}
-
-
-# ------------------------------------------------------------------------------------ the parser
-
-
-class ToolParser:
-    """One answer's text on its way in -> content and calls on their way out.
-
-    White space around calls is not content. What looks like a call and is none after all (another
-    form, a tool that was not offered) is content, as it stands.
-    """
-
-    def __init__(self, form: Form, names: Sequence[str]) -> None:
-        self._form, self._names = form, frozenset(names)
-        self.calls = 0  # begun so far
-        self._text = ""  # not understood yet
-        self._raw = ""  # of the call that is being read, up to its arguments: content if it is none
-        self._state = self._in_text if form.open else self._at_start
-        key = re.escape(form.arguments)
-        self._head = re.compile(
-            rf'{form.before}\{{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{key}"\s*:\s*(?=\{{)'
-        )
-        self._after = re.compile(form.after)
-        self._json = _ValueEnd()
-
-    def feed(self, text: str) -> list[Event]:
-        self._text += text
-        events: list[Event] = []
-        while self._state(events):
-            pass
-        return events
-
-    def finish(self) -> list[Event]:
-        """The answer is over: what was held back."""
-        events: list[Event] = []
-        if self._state in (self._in_head, self._at_start):
-            self._whole(self._text, events)
-        elif self._state == self._in_text:
-            self._say(self._text, events)
-        self._text = ""
-        return events
-
-    # Each state reads what it can of the text; True: another state may read on.
-
-    def _in_text(self, events: list[Event]) -> bool:
-        marker = self._form.open
-        place = self._text.find(marker) if marker else -1
-        if place >= 0:
-            self._say(self._text[:place].rstrip(), events)
-            self._raw, self._text = marker, self._text[place + len(marker) :]
-            self._state = self._in_head
-            return True
-        kept = len(self._text) - _end_of_content(self._text, marker)
-        self._say(self._text[: len(self._text) - kept], events)
-        self._text = self._text[len(self._text) - kept :]
-        return False
-
-    def _at_start(self, events: list[Event]) -> bool:
-        """Forms without a marker: is it a call at all?"""
-        squeezed = re.sub(r"\s|<\|python_tag\|>", "", self._text)
-        heads = ['{"name":' + json.dumps(name) for name in self._names]
-        if any(squeezed.startswith(head) for head in heads):
-            self._raw, self._state = "", self._in_head
-            return True
-        may_be = not squeezed or any(head.startswith(squeezed) for head in heads)
-        if not may_be and not "<|python_tag|>".startswith(squeezed):
-            self._state = self._in_text
-            return True
-        return False
-
-    def _in_head(self, events: list[Event]) -> bool:
-        head = self._head.match(self._text)
-        if head is not None and json.loads(head[1]) in self._names:
-            self._begin(json.loads(head[1]), events)
-            self._text = self._text[head.end() :]
-            self._state = self._in_arguments
-            return True
-        end = self._after.search(self._text) if self._form.name == "hermes" else None
-        if end is None:
-            return False
-        body, self._text = self._text[: end.end()], self._text[end.end() :]
-        self._whole(body, events)
-        self._state = self._in_text
-        return True
-
-    def _in_arguments(self, events: list[Event]) -> bool:
-        end = self._json.find(self._text)
-        written, self._text = self._text[:end], self._text[end:]
-        if written:
-            events.append(ToolCallDelta(self.calls - 1, written))
-        if not self._json.complete:
-            return False
-        self._json = _ValueEnd()
-        self._state = self._in_tail
-        return True
-
-    def _in_tail(self, events: list[Event]) -> bool:
-        end = self._after.search(self._text)
-        if end is None:
-            return False
-        self._text = self._text[end.end() :]
-        self._raw = ""
-        if end.groupdict().get("more"):
-            self._state = self._in_head
-        else:
-            self._state = self._between if self._form.between else self._in_text
-        return True
-
-    def _between(self, events: list[Event]) -> bool:
-        """After a call without a marker: another one, or text."""
-        rest = self._text.lstrip()
-        if not rest:
-            return False
-        if rest.startswith(self._form.between):
-            self._raw, self._text = self._form.between, rest[len(self._form.between) :]
-            self._state = self._in_head
-        else:
-            self._state = self._in_text
-        return True
-
-    def _begin(self, name: str, events: list[Event]) -> None:
-        events.append(ToolCallDelta(self.calls, id=_new_id(self._form), name=name))
-        self.calls += 1
-
-    def _say(self, text: str, events: list[Event]) -> None:
-        """Content; white space alone is none once there was a call."""
-        if text and not (self.calls and text.isspace()):
-            events.append(Content(text))
-
-    def _whole(self, body: str, events: list[Event]) -> None:
-        """A body that is not as it should be: perhaps its keys are in another order."""
-        try:
-            call = json.loads(self._after.split(body)[0] if self._form.open else body)
-            name, arguments = call["name"], call[self._form.arguments]
-        except (ValueError, TypeError, KeyError):
-            return self._say(self._raw + body, events)
-        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        if name not in self._names:
-            return self._say(self._raw + body, events)
-        self._begin(name, events)
-        events.append(ToolCallDelta(self.calls - 1, arguments))
-        return None
-
-
-class _ValueEnd:
-    """Where a JSON object ends, in pieces of text."""
-
-    def __init__(self) -> None:
-        self.complete = False
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def find(self, text: str) -> int:
-        """How much of ``text`` belongs to the object."""
-        for i, letter in enumerate(text):
-            self._read(letter)
-            if self.complete:
-                return i + 1
-        return len(text)
-
-    def _read(self, letter: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif self._in_string:
-            self._escaped = letter == "\\"
-            self._in_string = letter != '"'
-        elif letter == '"':
-            self._in_string = True
-        elif letter in "{[":
-            self._depth += 1
-        elif letter in "}]":
-            self._depth -= 1
-            self.complete = self._depth == 0
-
-
-def _end_of_content(text: str, marker: str) -> int:
-    """Up to where text is content for certain: not the white space before a call, nor the
-    beginning of a marker."""
-    begun = (n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n]))
-    return len(text[: len(text) - next(begun, 0)].rstrip())
-
-
-def _new_id(form: Form) -> str:
-    if form.name == "mistral":  # its templates insist on nine letters or digits
-        letters = string.ascii_letters + string.digits
-        return "".join(secrets.choice(letters) for _ in range(9))
-    return f"call_{secrets.token_hex(12)}"
