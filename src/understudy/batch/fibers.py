@@ -286,7 +286,7 @@ class _Rehearsal:
         name = type(fibers.model).__name__
         if not (isinstance(fibers.model, GenerationMixin) and fibers.model.can_generate()):
             raise Unbatchable(f"{name} does not answer token by token; it cannot be served")
-        with self._without_experts(), guest.quiet(), torch.inference_mode():
+        with guest.without_experts(fibers.model), guest.quiet(), torch.inference_mode():
             try:
                 whole, cache = self._last_logits(12)
                 stepwise, _ = self._last_logits(11, 1)
@@ -313,22 +313,6 @@ class _Rehearsal:
             logits, cache = self._fibers._advance(tokens, done, cache, 1)
             done += length
         return logits, cache
-
-    @contextmanager
-    def _without_experts(self) -> Iterator[None]:
-        modules = guest.guests(self._fibers.model)
-        seams = [module.seam for module in modules]
-        for module in modules:
-            module.seam = _nothing
-        try:
-            yield
-        finally:
-            for module, seam in zip(modules, seams, strict=True):
-                module.seam = seam
-
-
-def _nothing(layer: int, hidden: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
-    return torch.zeros_like(hidden)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
