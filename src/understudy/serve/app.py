@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Protocol
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from understudy.serve import errors, gate
@@ -19,19 +18,10 @@ from understudy.serve.served import Stage
 from understudy.serve.settings import Settings
 
 
-class Scraped(Protocol):
-    """What ``/metrics`` shows: `metrics.Metrics`."""
-
-    content_type: str
-
-    def render(self) -> bytes: ...
-
-
 def create_app(
     stage: Stage,
     settings: Settings,
     *,
-    metrics: Scraped | None = None,
     routers: Iterable[APIRouter] = (),
     open_paths: Iterable[str] = (),
 ) -> FastAPI:
@@ -50,20 +40,8 @@ def create_app(
     app.include_router(router)
     for more in routers:
         app.include_router(more)
-    if metrics is not None:
-        app.include_router(_scraping(metrics))
     _stand_before(app, settings, frozenset(open_paths))
     return app
-
-
-def _scraping(metrics: Scraped) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/metrics", response_class=Response, responses=errors_of_scraping())
-    def scrape() -> Response:
-        return Response(metrics.render(), media_type=metrics.content_type)
-
-    return router
 
 
 def _stand_before(app: FastAPI, settings: Settings, open_paths: frozenset[str]) -> None:

@@ -69,7 +69,7 @@ class ChatForm(Form):
             return None
         return shapes.ChatLogprobs(content=chat_logprobs(self._tokenizer, delta.logprobs))
 
-    def chunk(self, choices: Sequence[BaseModel], **more: Any) -> BaseModel:
+    def chunk(self, choices: Sequence[Any], **more: Any) -> BaseModel:
         return shapes.ChatChunk(choices=list(choices), **self._head, **more)
 
     def whole(self) -> BaseModel:

@@ -3,7 +3,7 @@
 Knows: OpenAI's older endpoint. Does not know: how a stream is sent.
 
 lm-eval sends batches of token ids with ``echo: true, logprobs: 1, max_tokens: 1`` and reads
-``token_logprobs[context:-1]``: every token of the prompt has an entry, and so has the one new token.
+``token_logprobs[context:-1]``: every token of the prompt has an entry, and the one new token too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CompletionForm(Form):
         if text or delta.last or (logprobs and logprobs.tokens):
             yield self._choice(number, text, logprobs)
 
-    def chunk(self, choices: Sequence[BaseModel], **more: Any) -> BaseModel:
+    def chunk(self, choices: Sequence[Any], **more: Any) -> BaseModel:
         return shapes.Completion(choices=list(choices), **self._head, **more)
 
     def whole(self) -> BaseModel:
@@ -76,11 +76,14 @@ class CompletionForm(Form):
         self, number: int, text: str, logprobs: shapes.LegacyLogprobs | None
     ) -> shapes.CompletionChoice:
         answer = self.answers[number]
+        reason: shapes.LegacyFinish | None = None
+        if answer.finish:
+            reason = "length" if answer.finish == "length" else "stop"
         return shapes.CompletionChoice(
             index=number,
             text=text,
             logprobs=logprobs,
-            finish_reason=answer.finish,
+            finish_reason=reason,
             stop_reason=answer.stop_reason,
         )
 

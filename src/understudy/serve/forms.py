@@ -34,7 +34,7 @@ class Form:
         self._experts = experts
         options = body.stream_options
         self._usage_wanted = options is not None and bool(options.include_usage)
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": new_id(self.prefix),
             "created": int(time.time()),
             "model": served.name(body.model),
@@ -62,7 +62,7 @@ class Form:
         """The pieces themselves. ``begun``: not the answer's first."""
         raise NotImplementedError
 
-    def chunk(self, choices: Sequence[BaseModel], **more: Any) -> BaseModel:
+    def chunk(self, choices: Sequence[Any], **more: Any) -> BaseModel:
         """What is sent of a stream at once."""
         raise NotImplementedError
 

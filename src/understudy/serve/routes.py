@@ -16,7 +16,7 @@ from understudy.serve import shapes
 from understudy.serve.asks import conversation_tokens, known_tokens, text_tokens
 from understudy.serve.chat import ChatForm
 from understudy.serve.completions import CompletionForm
-from understudy.serve.errors import ErrorEnvelope
+from understudy.serve.errors import ErrorEnvelope, Problem
 from understudy.serve.intake import JsonRoute
 from understudy.serve.protocol import (
     ChatRequest,
@@ -160,3 +160,13 @@ async def health(request: Request) -> shapes.Health:
 async def show_version() -> shapes.Version:
     """Of understudy."""
     return shapes.Version(version=version("understudy"))
+
+
+@router.get("/metrics", response_class=Response, responses=_READING)
+async def metrics(request: Request, model: Model) -> Response:
+    """For Prometheus."""
+    stage: Stage = request.app.state.stage
+    if stage.metrics is None:
+        raise Problem(404, "this server was started without metrics", code="not_found")
+    body = await asyncio.to_thread(stage.metrics.render)
+    return Response(body, media_type=stage.metrics.content_type)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from fastapi import Request
 
@@ -23,10 +23,15 @@ from understudy.serve.settings import Settings
 class Batch(Protocol):
     """What the HTTP side needs of `batch.engine.BatchEngine`; tests bring their own."""
 
-    tokenizer: Any
     context: int
     vocab_size: int
-    eos_ids: Collection[int]
+
+    @property
+    def engine(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def eos_ids(self) -> Collection[int]: ...
 
     def submit(self, ask: Ask, sink: Callable[[Delta], None]) -> Any: ...
     def cancel(self, ticket: Any) -> None: ...
@@ -81,26 +86,30 @@ class Served:
         )
 
 
-State = Literal["loading", "ready", "draining", "gone"]
+class Metrics(Protocol):
+    """What ``/metrics`` shows: `metrics.Metrics`."""
+
+    content_type: str
+
+    def render(self) -> bytes: ...
+    def on_response(self, handler: str, status: int) -> None: ...
 
 
 class Stage:
-    """What the server can do now. Loads in one thread, is asked in another: a single assignment
-    each."""
+    """What the server can do now: load, answer, or finish. Only the loop touches it."""
 
     def __init__(self) -> None:
-        self.state: State = "loading"
+        self.metrics: Metrics | None = None
+        self.draining = False
         self._served: Served | None = None
 
-    def open(self, served: Served) -> None:
+    def open(self, served: Served, metrics: Metrics | None = None) -> None:
         """The model is loaded."""
-        self._served = served
-        if self.state == "loading":
-            self.state = "ready"
+        self._served, self.metrics = served, metrics
 
-    def drain(self) -> None:
-        """Nothing new from now on."""
-        self.state = "draining"
+    @property
+    def opened(self) -> Served | None:
+        return self._served
 
     def require(self) -> Served:
         """The model, whether or not it takes anything new: that the engine itself decides."""
@@ -110,7 +119,7 @@ class Stage:
 
     def require_health(self) -> None:
         """Raises what is wrong."""
-        if self.state == "draining":
+        if self.draining:
             raise unavailable("the server is shutting down", "draining")
         if not self.require().batch.snapshot().alive:
             raise unavailable("the engine has stopped; restart the server", "engine_dead")

@@ -186,6 +186,9 @@ class ChatChunk(Made):
 # ------------------------------------------------------------------------------------ completions
 
 
+LegacyFinish = Literal["stop", "length"]
+
+
 class LegacyLogprobs(BaseModel):
     """Four lists of the same length. A prompt's first token has no logprob."""
 
@@ -199,7 +202,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: LegacyLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: LegacyFinish | None = None
     stop_reason: str | int | None = omitted()
 
 
