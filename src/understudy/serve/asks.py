@@ -127,7 +127,7 @@ def _tool_grammar(served: Served, body: ChatRequest) -> Grammar | None:
     return served.tools.grammar(
         served.grammars,
         tools,
-        Named(choice.function.name) if isinstance(choice, NamedTool) else choice,
+        Named(choice.name) if isinstance(choice, NamedTool) else choice,
         parallel=body.parallel_tool_calls is not False,
     )
 
@@ -184,7 +184,7 @@ def sampling_of(served: Served, body: Generation) -> Sampling:
     """OpenAI's defaults where nothing is said."""
     size = served.batch.vocab_size
     bias = body.logit_bias or {}
-    require(all(token < size for token in bias), f"token ids end at {size - 1}", "logit_bias")
+    require(all(token < size for token in bias), f"logit_bias: token ids end at {size - 1}", "logit_bias")
 
     def said(value: float | None, default: float) -> float:
         return default if value is None else value

@@ -163,6 +163,13 @@ def first_mistake(mistakes: Sequence[Any]) -> Problem:
             return invalid(message, param, "missing_required_parameter")
         case "value_error":
             reason = str(mistake["ctx"]["error"])
+        case "too_short" | "too_long":
+            bounds, kind = mistake["ctx"], mistake["type"]
+            most = kind == "too_long"
+            limit = (
+                f"at most {bounds['max_length']}" if most else f"at least {bounds['min_length']}"
+            )
+            reason = f"must have {limit} elements"
         case "model_attributes_type" | "model_type" | "dict_type":
             reason = "must be a JSON object"
         case _:
@@ -174,5 +181,7 @@ def _param(loc: Sequence[str | int]) -> str | None:
     """("body", "messages", 0, "role") -> messages[0].role"""
     name = ""
     for part in loc[1:]:
+        if isinstance(part, str) and part.startswith("("):  # an alternative, no field
+            continue
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name[:200] or None

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -311,15 +312,6 @@ class Tool(Asked):
     function: Function
 
 
-class NamedFunction(Asked):
-    name: ToolName
-
-
-class NamedTool(Asked):
-    type: Literal["function"]
-    function: NamedFunction
-
-
 class JsonSchema(Asked):
     name: ToolName
     description: str | None = None
@@ -366,14 +358,42 @@ class Conversation(Asked):
         return self
 
 
+class NamedTool(NamedTuple):
+    """The choice of one tool."""
+
+    name: str
+
+
 def _choice(value: Any) -> Any:
-    """The names of choices in one error instead of one for each form."""
-    if isinstance(value, str) and value not in ("none", "auto", "required"):
-        raise ValueError("must be none, auto, required or a named function")
-    return value
+    match value:
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name), **rest}, **more}:
+            if not (rest or more):
+                return NamedTool(name)
+    raise ValueError(
+        'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    )
 
 
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
+_NAMED = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+_CHOICE = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "function": _NAMED},
+            "required": ["type", "function"],
+            "additionalProperties": False,
+        },
+    ]
+}
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, Checked(_choice, _CHOICE)]
 
 
 class ChatRequest(Conversation, Generation):
@@ -413,7 +433,7 @@ class ChatRequest(Conversation, Generation):
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool):
-            wanted = self.tool_choice.function.name
+            wanted = self.tool_choice.name
             if wanted not in [tool.function.name for tool in self.tools or ()]:
                 raise ValueError(f"tool_choice names {wanted}, which is not among the tools")
         structured = self.response_format is not None and self.response_format.type != "text"
@@ -448,6 +468,18 @@ class TokenizeChat(Conversation):
     model: Name | None = None
     add_special_tokens: Annotated[Any, only(False)] = None
     return_token_strs: bool | None = None
+
+
+def _kind(value: Any) -> str:
+    has_messages = "messages" in value if isinstance(value, dict) else hasattr(value, "messages")
+    return CHAT if has_messages else TEXT
+
+
+# Names of alternatives are told from names of fields by their brackets.
+TEXT, CHAT = "(text)", "(chat)"
+TokenizeRequest = Annotated[
+    Annotated[TokenizeText, Tag(TEXT)] | Annotated[TokenizeChat, Tag(CHAT)], Discriminator(_kind)
+]
 
 
 class DetokenizeRequest(Asked):

@@ -23,6 +23,7 @@ from understudy.serve.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeChat,
+    TokenizeRequest,
     TokenizeText,
 )
 from understudy.serve.served import Served, Stage, served
@@ -105,7 +106,7 @@ def _card(model: Served, name: str) -> shapes.ModelCard:
 
 
 @router.post("/tokenize", responses=errors(400, 401, 404, 408, 413, 415, 503))
-async def tokenize(body: TokenizeText | TokenizeChat, model: Model) -> shapes.Tokens:
+async def tokenize(body: TokenizeRequest, model: Model) -> shapes.Tokens:
     """Text or a conversation -> token ids."""
     model.name(body.model)
     return await asyncio.to_thread(_tokenized, model, body)
@@ -147,8 +148,10 @@ async def tokenizer_info(model: Model) -> shapes.TokenizerInfo:
     )
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], responses=errors(503))
-@router.api_route("/ping", methods=["GET", "HEAD"], responses=errors(503), name="ping")
+@router.get("/health", responses=errors(503))
+@router.get("/ping", responses=errors(503), name="ping")
+@router.head("/health", include_in_schema=False)
+@router.head("/ping", include_in_schema=False)
 async def health(request: Request) -> shapes.Health:
     """200: it answers. 503: it is loading, shutting down, or stopped."""
     stage: Stage = request.app.state.stage
