@@ -96,8 +96,6 @@ def _wordpiece() -> Tokenizer:
     inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=SPECIAL, show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
     inner.train_from_iterator(TEXT, trainer)
     return inner

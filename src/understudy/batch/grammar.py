@@ -155,7 +155,9 @@ class Vocabulary:
             probe.compute_bitmask()
             matcher = probe if probe.is_error() else matcher
         if matcher.is_error():
-            raise GrammarError(f"the grammar or schema cannot be used: {one_line(matcher.get_error())}")
+            raise GrammarError(
+                f"the grammar or schema cannot be used: {one_line(matcher.get_error())}"
+            )
         return matcher
 
     def allowed(self, matcher: LLMatcher, size: int) -> torch.Tensor:
