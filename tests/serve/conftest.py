@@ -85,6 +85,8 @@ class Running:
         self.said: list[str] = []
         self.settings = settings(**{"drain_timeout": 1.0, **changed})
         self.listener = run.listen("127.0.0.1", 0)
+        # A small buffer: a client that does not read is noticed soon.
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.stage = Stage()

@@ -147,7 +147,7 @@ class FakeBatch:
                 now = list(self._running)
             for ticket in now:
                 self._step(ticket)
-            time.sleep(self.pace or 0.0)
+            time.sleep(self.pace)
         for ticket in list(self._running):
             self._end(ticket, Delta(finish="abort"))
 
@@ -180,17 +180,16 @@ class FakeBatch:
         delta.tokens = (token,)
         if ask.logprobs is not None:
             delta.logprobs = (logprob(token, ask.logprobs),)
-        text = self.tokenizer.decode(ticket.tokens, skip_special_tokens=True)
+        text = ticket.sent + self.tokenizer.decode([token], skip_special_tokens=True)
         if token in self.eos_ids:
             delta.finish = "stop"
         elif len(ticket.tokens) >= ask.max_new_tokens:
             delta.finish = "length"
         for stop in ask.stop:
-            if stop in text:
+            if stop in text:  # (one that grows over two tokens is the real engine's affair)
                 text = text[: text.index(stop)]
                 delta.finish, delta.stop_reason = "stop", stop
-        if not text.endswith("\ufffd") or delta.finish:
-            delta.text, ticket.sent = text[len(ticket.sent) :], text
+        delta.text, ticket.sent = text[len(ticket.sent) :], text
         return self._end(ticket, delta) if delta.finish else self._send(ticket, delta)
 
     def _end(self, ticket: Ticket, delta: Delta) -> None:

@@ -55,9 +55,9 @@ def test_a_client_cannot_bring_a_program(client: Client, name: str) -> None:
 def test_what_the_experts_did(client: Client) -> None:
     for told in (
         client.chat(understudy=True).json()["understudy"],
-        client.post(
-            "/v1/completions", {"prompt": "Hi"}, headers={"X-Understudy": "1"}
-        ).json()["understudy"],
+        client.post("/v1/completions", {"prompt": "Hi"}, headers={"X-Understudy": "1"}).json()[
+            "understudy"
+        ],
     ):
         assert (told["hits"], told["late"], told["misses"], told["hit_rate"]) == (30, 5, 5, 0.75)
         assert told["bytes_read"] == 100 and told["mean_batch"] == 1.5

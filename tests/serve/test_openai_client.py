@@ -179,7 +179,9 @@ def test_the_conversation_goes_on_after_a_call(ai: Any, calling: FakeBatch) -> N
     assert ai.chat.completions.create(model="coarse", messages=again, tools=[TOOL]).choices
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
+)
 def test_a_call_can_be_demanded(ai: Any, calling: FakeBatch, choice: Any) -> None:
     ai.chat.completions.create(model="coarse", messages=USER, tools=[TOOL], tool_choice=choice)
     assert calling.asks[0].grammar is not None

@@ -33,7 +33,7 @@ class Answers:
         self._arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._lock = threading.Lock()
         self._tickets: dict[int, Any] = {}
-        self._closed = False
+        self._closed = self._overrun = False
         limit = self._settings.request_timeout
         self._deadline = None if limit is None else self._loop.time() + limit
 
@@ -59,7 +59,15 @@ class Answers:
 
     def _from_engine(self, number: int, delta: Delta) -> None:
         with suppress(RuntimeError):  # the loop has ended: nobody is there to read it
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, (number, delta))
+            self._loop.call_soon_threadsafe(self._arrive, number, delta)
+
+    def _arrive(self, number: int, delta: Delta) -> None:
+        """On the loop, also while a stream is stuck in sending: the queue stays bounded."""
+        if self._arrived.qsize() < self._settings.backlog:
+            self._arrived.put_nowait((number, delta))
+        else:
+            self._overrun = True
+            self.close()
 
     async def deltas(self, count: int) -> AsyncIterator[tuple[int, Delta] | None]:
         """(number of the answer, delta) until all ``count`` have ended; ``None``: nothing came for
@@ -78,6 +86,7 @@ class Answers:
             yield arrived
 
     async def _next(self) -> tuple[int, Delta] | None:
+        await asyncio.sleep(0)  # one who catches up is not served before everybody else
         with suppress(asyncio.QueueEmpty):
             return self._arrived.get_nowait()
         patience = self._settings.heartbeat
@@ -102,7 +111,7 @@ class Answers:
             )
 
     def _require_reader(self) -> None:
-        if self._arrived.qsize() > self._settings.backlog:
+        if self._overrun:
             raise Problem(408, "the client reads too slowly", code="reader_too_slow")
 
 

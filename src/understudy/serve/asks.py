@@ -184,7 +184,11 @@ def sampling_of(served: Served, body: Generation) -> Sampling:
     """OpenAI's defaults where nothing is said."""
     size = served.batch.vocab_size
     bias = body.logit_bias or {}
-    require(all(token < size for token in bias), f"logit_bias: token ids end at {size - 1}", "logit_bias")
+    require(
+        all(token < size for token in bias),
+        f"logit_bias: token ids end at {size - 1}",
+        "logit_bias",
+    )
 
     def said(value: float | None, default: float) -> float:
         return default if value is None else value

@@ -67,7 +67,7 @@ class ChatForm(Form):
     def _logprobs_of(self, delta: Delta) -> shapes.ChatLogprobs | None:
         if not (self._logprobs and delta.logprobs):
             return None
-        return shapes.ChatLogprobs(content=chat_logprobs(self._tokenizer, delta.logprobs))
+        return shapes.ChatLogprobs(content=chat_logprobs(self._spelling, delta.logprobs))
 
     def chunk(self, choices: Sequence[Any], **more: Any) -> BaseModel:
         return shapes.ChatChunk(choices=list(choices), **self._head, **more)
@@ -83,7 +83,7 @@ class ChatForm(Form):
         calls = joined(pieces)
         logprobs = None
         if self._logprobs:
-            logprobs = shapes.ChatLogprobs(content=chat_logprobs(self._tokenizer, answer.logprobs))
+            logprobs = shapes.ChatLogprobs(content=chat_logprobs(self._spelling, answer.logprobs))
         return shapes.ChatChoice(
             index=number,
             message=shapes.AssistantMessage(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from understudy.batch import Delta, Report, TokenLogprob
 from understudy.batch.text import Detokenizer, token_bytes
 from understudy.serve.shapes import ChatLogprob, LegacyLogprobs, TopLogprob
+
+REMEMBERED = 1 << 16  # tokens
 
 
 @dataclass(slots=True)
@@ -39,32 +42,42 @@ class Collected:
             self.report = delta.report
 
 
-def spelled(tokenizer: Any, token: int) -> str:
-    """The text of a token; where it is a part of a character, its bytes in OpenAI's notation, so
-    that different tokens have different names."""
-    raw = token_bytes(tokenizer, token)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+class Spelling:
+    """How tokens are written for clients. Remembered: a token with its twenty alternatives would
+    take the tokenizer milliseconds, every step again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.of = lru_cache(REMEMBERED)(self._of)
+
+    def _of(self, token: int) -> tuple[str, bytes]:
+        """The text of a token; where it is a part of a character, its bytes in OpenAI's notation,
+        so that different tokens have different names."""
+        raw = token_bytes(self.tokenizer, token)
+        try:
+            return raw.decode(), raw
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+
+    def name(self, token: int) -> str:
+        return self.of(token)[0]
 
 
-def chat_logprobs(tokenizer: Any, logprobs: Sequence[TokenLogprob]) -> list[ChatLogprob]:
+def chat_logprobs(spelling: Spelling, logprobs: Sequence[TokenLogprob]) -> list[ChatLogprob]:
     """Of a chat's answer."""
-    return [
-        ChatLogprob(
-            token=spelled(tokenizer, entry.token),
-            logprob=entry.logprob,
-            bytes=list(token_bytes(tokenizer, entry.token)),
-            top_logprobs=[_top(tokenizer, token, logprob) for token, logprob in entry.top],
+    told = []
+    for entry in logprobs:
+        name, raw = spelling.of(entry.token)
+        top = [_top(spelling, token, logprob) for token, logprob in entry.top]
+        told.append(
+            ChatLogprob(token=name, logprob=entry.logprob, bytes=list(raw), top_logprobs=top)
         )
-        for entry in logprobs
-    ]
+    return told
 
 
-def _top(tokenizer: Any, token: int, logprob: float) -> TopLogprob:
-    name = spelled(tokenizer, token)
-    return TopLogprob(token=name, logprob=logprob, bytes=list(token_bytes(tokenizer, token)))
+def _top(spelling: Spelling, token: int, logprob: float) -> TopLogprob:
+    name, raw = spelling.of(token)
+    return TopLogprob(token=name, logprob=logprob, bytes=list(raw))
 
 
 class Offsets:
@@ -83,26 +96,24 @@ class Offsets:
 
 
 def legacy_logprobs(
-    tokenizer: Any,
+    spelling: Spelling,
     tokens: Sequence[int],
     logprobs: Sequence[TokenLogprob | None],
     offsets: list[int],
 ) -> LegacyLogprobs:
     """Of a completion."""
     return LegacyLogprobs(
-        tokens=[spelled(tokenizer, token) for token in tokens],
+        tokens=[spelling.name(token) for token in tokens],
         token_logprobs=[None if entry is None else entry.logprob for entry in logprobs],
-        top_logprobs=[
-            None if entry is None else _likeliest(tokenizer, entry) for entry in logprobs
-        ],
+        top_logprobs=[None if entry is None else _likeliest(spelling, entry) for entry in logprobs],
         text_offset=offsets,
     )
 
 
-def _likeliest(tokenizer: Any, entry: TokenLogprob) -> dict[str, float]:
+def _likeliest(spelling: Spelling, entry: TokenLogprob) -> dict[str, float]:
     """The best ones, and the token itself: evaluators compare it with the best. Of two tokens with
     the same text the likelier counts, and the best come first."""
     told: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-        told.setdefault(spelled(tokenizer, token), logprob)
+        told.setdefault(spelling.name(token), logprob)
     return told

@@ -43,7 +43,7 @@ class CompletionForm(Form):
             for prompt, ask in zip(prompts, asked, strict=True)
         ]
         self._offsets = [
-            Offsets(self._tokenizer, () if self._echo else ask.prompt, ask.skip_special_tokens)
+            Offsets(served.tokenizer, () if self._echo else ask.prompt, ask.skip_special_tokens)
             for ask in asks
         ]
 
@@ -91,7 +91,7 @@ class CompletionForm(Form):
         self, number: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]
     ) -> shapes.LegacyLogprobs:
         offsets = self._offsets[number].of(tokens)
-        return legacy_logprobs(self._tokenizer, tokens, logprobs, offsets)
+        return legacy_logprobs(self._spelling, tokens, logprobs, offsets)
 
     def _echoed(self, number: int) -> str:
         return self._prompts[number // self._n] if self._echo else ""

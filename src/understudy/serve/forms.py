@@ -29,7 +29,7 @@ class Form:
     ) -> None:
         self.asks = asks
         self.answers = [Collected() for _ in asks]
-        self._tokenizer = served.tokenizer
+        self._spelling = served.spelling
         self._n = body.n or 1
         self._experts = experts
         options = body.stream_options

@@ -86,11 +86,14 @@ class Server(uvicorn.Server):
         self._settings, self._start, self._say = settings, start, say
         self._stage, self._app = stage, app
         self._signals = 0
+        self._port = settings.port
         self._loop: asyncio.AbstractEventLoop
         self.failure: BaseException | None = None
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        for listener in sockets or ():
+            self._port = listener.getsockname()[1]  # not the one asked for, if that was 0
         threading.Thread(target=self._load, name="understudy-load", daemon=True).start()
         await super()._serve(sockets)
 
@@ -112,8 +115,7 @@ class Server(uvicorn.Server):
 
     def _open(self, served: Served) -> None:
         self._stage.open(served)
-        port = self.servers[0].sockets[0].getsockname()[1]
-        self._say(ready(self._settings, served, port))
+        self._say(ready(self._settings, served, self._port))
 
     def _give_up(self, error: BaseException) -> None:
         self.failure = error

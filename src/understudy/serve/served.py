@@ -16,6 +16,7 @@ from fastapi import Request
 from understudy.batch import Ask, Delta, Observer, Snapshot
 from understudy.batch.grammar import Grammars
 from understudy.batch.tools import ToolFormat
+from understudy.serve.collected import Spelling
 from understudy.serve.errors import Problem, unavailable
 from understudy.serve.settings import Settings
 
@@ -50,6 +51,7 @@ class Served:
     settings: Settings
     grammars: Grammars
     tools: ToolFormat
+    spelling: Spelling
     most_characters: int
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -63,6 +65,7 @@ class Served:
             settings,
             Grammars(tokenizer, batch.vocab_size, batch.eos_ids),
             ToolFormat.of(settings.tool_call_parser, tokenizer),
+            Spelling(tokenizer),
             most_characters=2 * longest * batch.context,  # twice: a normalizer may shorten a text
         )
 
