@@ -277,27 +277,63 @@ class ToolCall(Asked):
     function: CalledFunction
 
 
-class Message(Asked):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+class Spoken(Asked):
+    """A message to the model."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: Name | None = None
+    tool_calls: Annotated[Any, only([])] = None
+    tool_call_id: Annotated[Any, only()] = None
+
+
+class FromTool(Asked):
+    """What a tool has answered."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Name | None = None
+    name: Name | None = None
+
+
+class FromAssistant(Asked):
+    """What the model has said before; also as the openai client gives our own answers back."""
+
+    role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
-    tool_call_id: Name | None = None
     tool_calls: (
         Annotated[list[ToolCall], Field(max_length=bounds.MAX_TOOLS, fail_fast=True)] | None
     ) = None
     reasoning_content: str | None = None
     refusal: str | None = None
-
-    # What the openai client makes of our own answers when it sends them back.
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only()] = None
 
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.role != "assistant" and (self.tool_calls or self.content is None):
-            raise ValueError(f"a message of role {self.role} must have content, and no tool_calls")
-        return self
+
+# Names of alternatives are told from names of fields by their brackets.
+SPOKEN, TOOL, ASSISTANT = "(spoken)", "(tool)", "(assistant)"
+_ROLES = {
+    "system": SPOKEN, "developer": SPOKEN, "user": SPOKEN, "tool": TOOL, "assistant": ASSISTANT
+}  # fmt: skip
+
+
+def _role(value: Any) -> str | None:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return _ROLES.get(role) if isinstance(role, str) else None
+
+
+Message = Annotated[
+    Annotated[Spoken, Tag(SPOKEN)]
+    | Annotated[FromTool, Tag(TOOL)]
+    | Annotated[FromAssistant, Tag(ASSISTANT)],
+    Discriminator(
+        _role,
+        custom_error_type="role",
+        custom_error_message="has a role: system, developer, user, assistant or tool",
+    ),
+]
 
 
 class Function(Asked):
@@ -475,7 +511,6 @@ def _kind(value: Any) -> str:
     return CHAT if has_messages else TEXT
 
 
-# Names of alternatives are told from names of fields by their brackets.
 TEXT, CHAT = "(text)", "(chat)"
 TokenizeRequest = Annotated[
     Annotated[TokenizeText, Tag(TEXT)] | Annotated[TokenizeChat, Tag(CHAT)], Discriminator(_kind)

@@ -57,7 +57,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def streamed(shape: Any) -> dict[int | str, dict[str, Any]]:
     """The two ways in which an answer may come."""
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    data = {"type": "string", "description": "A piece of the answer in JSON, or [DONE]."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
     return {200: {"model": shape, "content": events, "description": "The answer, or its stream."}}
 
 
