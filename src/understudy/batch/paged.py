@@ -62,9 +62,11 @@ class Paged:
         )
         prompts = _rehearsal(model, min(max_batch_tokens, self.capacity // 2))
         try:
-            expected = [_plain_logits(model, ids) for ids in prompts]
-            self._open(config)
-            found = self._rehearse([Row(f"rehearsal {i}", ids) for i, ids in enumerate(prompts)])
+            with guest.without_experts(model), guest.quiet(), torch.inference_mode():
+                expected = [_plain_logits(model, ids) for ids in prompts]
+                self._open(config)
+                rows = [Row(f"rehearsal {i}", ids) for i, ids in enumerate(prompts)]
+                found = self._rehearse(rows)
         except _REFUSALS as e:
             self.close()
             raise Unpaged(f"{type(model).__name__}: {' '.join(str(e).split())[:200]}") from None
@@ -156,10 +158,9 @@ class Paged:
         for row in rows:
             self.admit(row)
             self.reserve(row, len(row.tokens))
-        with guest.quiet(), torch.inference_mode():
-            self.forward([Chunk(rows[0], 7, "none")])
-            both = [Chunk(row, len(row.tokens) - row.done, "last") for row in rows]
-            found = [logits[0] for logits in self.forward(both) if logits is not None]
+        self.forward([Chunk(rows[0], 7, "none")])
+        both = [Chunk(row, len(row.tokens) - row.done, "last") for row in rows]
+        found = [logits[0] for logits in self.forward(both) if logits is not None]
         for row in rows:
             self.release(row)
         self.cache.reset()
@@ -182,8 +183,7 @@ def _rehearsal(model: Any, room: int) -> tuple[list[int], list[int]]:
 
 def _plain_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """[V], of the last position."""
-    with guest.quiet(), torch.inference_mode():
-        out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     last: torch.Tensor = out.logits[0, -1].float()
     return last
 
