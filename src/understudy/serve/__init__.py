@@ -1,0 +1,1 @@
+"""The server: the engine behind HTTP, and what is seen of it from outside."""
