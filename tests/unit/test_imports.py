@@ -42,6 +42,7 @@ FLOORS: list[list[set[str]]] = [
             "evaluate",
             "packing",
             "learn",
+            "batch",
         },
     ],
     [
