@@ -56,7 +56,8 @@ class Live:
         self._watchers = 0
         self._taking: asyncio.Task[None] | None = None
         self._news = asyncio.Condition()
-        self._picture: bytes | None = None  # the newest; None: there will be no more
+        self._picture = b""  # the newest
+        self._over = False  # there will be no more
         self._closed = False
 
     # ------------------------------------------------------------------ told on the engine's thread
@@ -72,26 +73,9 @@ class Live:
 
     # ------------------------------------------------------------------------------ what can be had
 
-    def routes(self) -> APIRouter:
-        """``/understudy/model``, ``/understudy/layers``, ``/understudy/live``."""
-        router = APIRouter(prefix="/understudy", tags=["understudy"])
-
-        @router.get("/model")
-        async def model() -> JSONResponse:
-            """The model, its budget and its policies."""
-            return JSONResponse(self.facts())
-
-        @router.get("/layers")
-        async def layers() -> JSONResponse:
-            """Lookups and residents of each layer."""
-            return JSONResponse({"layers": self._cache.by_layer()})
-
-        @router.get("/live", response_class=_Pictures)
-        async def live() -> Response:
-            """Server-sent events: a picture of the engine four times a second."""
-            return _Pictures(self)
-
-        return router
+    def layers(self) -> list[dict[str, int | str]]:
+        """Lookups and residents of each layer."""
+        return self._cache.by_layer()
 
     def facts(self) -> dict[str, Any]:
         """What does not change while the server runs, and which policies are on."""
@@ -120,6 +104,7 @@ class Live:
             raise Busy(f"{self._most} pages watch already; close one", retry_after=5.0)
         self._watchers += 1
         if self._taking is None or self._taking.done():
+            self._over = False
             self._taking = asyncio.create_task(self._take_pictures())
         try:
             yield
@@ -131,12 +116,13 @@ class Live:
 
     async def pictures(self) -> AsyncIterator[bytes]:
         """As they are taken, until the server drains. From a seat."""
-        while True:
+        shown = self._picture
+        while not self._over:
             async with self._news:
                 await self._news.wait()
-            if self._picture is None:
-                return
-            yield self._picture
+            if self._picture is not shown:
+                shown = self._picture
+                yield shown
 
     async def _take_pictures(self) -> None:
         """The last one of a server that drains says so."""
@@ -144,15 +130,41 @@ class Live:
             with closing(Camera(self._batch, self._cache, lambda: self._tokens)) as camera:
                 while not (self._closed or camera.draining):
                     await asyncio.sleep(self._period)
-                    await self._show(await asyncio.to_thread(camera.picture))
+                    picture = await asyncio.to_thread(camera.picture)
+                    text = json.dumps(picture, separators=(",", ":"))
+                    self._picture = f"data: {text}\n\n".encode()
+                    await self._tell()
         finally:
-            await self._show(None)
+            if asyncio.current_task() is self._taking:  # else nobody watches, or others by now
+                self._over = True
+                await self._tell()
 
-    async def _show(self, picture: dict[str, Any] | None) -> None:
-        text = None if picture is None else json.dumps(picture, separators=(",", ":"))
+    async def _tell(self) -> None:
         async with self._news:
-            self._picture = None if text is None else f"data: {text}\n\n".encode()
             self._news.notify_all()
+
+
+def routes(find: Callable[[], Live]) -> APIRouter:
+    """``/understudy/model``, ``/understudy/layers``, ``/understudy/live``. ``find``: called for
+    each request; raises what a client is to be told while there is no model."""
+    router = APIRouter(prefix="/understudy", tags=["understudy"])
+
+    @router.get("/model")
+    async def model() -> JSONResponse:
+        """The model, its budget and its policies."""
+        return JSONResponse(find().facts())
+
+    @router.get("/layers")
+    async def layers() -> JSONResponse:
+        """Lookups and residents of each layer; the sum over layers is what `/metrics` says."""
+        return JSONResponse({"layers": find().layers()})
+
+    @router.get("/live", response_class=_Pictures)
+    async def live() -> Response:
+        """Server-sent events: a picture of the engine four times a second."""
+        return _Pictures(find())
+
+    return router
 
 
 class _Pictures(StreamingResponse):
@@ -161,7 +173,9 @@ class _Pictures(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, live: Live) -> None:
-        super().__init__(live.pictures(), headers={"Cache-Control": "no-store"})
+        super().__init__(
+            live.pictures(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         self._live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

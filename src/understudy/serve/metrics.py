@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -22,6 +28,8 @@ from understudy.engine import Engine
 from understudy.serve.cache_view import CacheView
 
 PREFIX = "understudy:"
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter and histogram that nobody reads
+
 FINISHES = ("stop", "length", "abort", "error")
 
 # vLLM's buckets. A first token that waits for experts from a disk may take minutes; between tokens

@@ -24,10 +24,14 @@ FILES = (
     "app.js",
     "chat.js",
     "charts.js",
+    "colours.js",
     "live.js",
     "map.js",
     "stream.js",
+    "theme.js",
+    "words.js",
 )
+PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES if name != "index.html")})
 
 # Nothing from elsewhere, nothing inline, nobody around it.
 HEADERS = {
