@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from understudy import __version__
 from understudy.batch import Ask, Busy, Report, Snapshot, StepReport
 from understudy.core import Counters
 from understudy.engine import Engine
@@ -82,7 +82,7 @@ class Live:
         cache = self._cache
         return {
             "model": self._model,
-            "version": __version__,
+            "version": version("understudy"),
             "context": self._batch.context,
             "layers": [{"name": m.name, "experts": m.num_experts} for m in cache.modules],
             "experts_per_token": experts_per_token(self._batch.engine.checkpoint.config),

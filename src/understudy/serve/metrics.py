@@ -27,9 +27,10 @@ from understudy.core import Counters
 from understudy.engine import Engine
 from understudy.serve.cache_view import CacheView
 
-PREFIX = "understudy:"
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each counter and histogram that nobody reads
+# A second series beside each counter and histogram, which nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
+PREFIX = "understudy:"
 FINISHES = ("stop", "length", "abort", "error")
 
 # vLLM's buckets. A first token that waits for experts from a disk may take minutes; between tokens

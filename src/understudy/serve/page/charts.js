@@ -18,11 +18,13 @@ export class Chart {
     this.points = []; // [seconds, ...values]; null: nothing to say
   }
 
+  // small: words, or words for each of the layers
   add(time, values, value, small) {
     this.points.push([time, ...values]);
     while (this.points[0][0] < time - SPAN) this.points.shift();
     this.value.textContent = value;
-    this.small.textContent = small;
+    if (typeof small === "string") this.small.textContent = small;
+    else this.small.replaceChildren(...small.map((words, i) => key(this.layers[i], words)));
     this.draw(time);
   }
 
@@ -75,6 +77,14 @@ export class Chart {
     context.lineJoin = "round";
     context.stroke();
   }
+}
+
+function key(colour, words) {
+  const made = document.createElement("span");
+  const swatch = document.createElement("i");
+  swatch.dataset.part = colour;
+  made.append(swatch, words);
+  return made;
 }
 
 const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);

@@ -6,6 +6,7 @@ import { ask, events } from "./stream.js";
 import { bytes, count, percent, rate } from "./words.js";
 
 const WINDOW = 3; // seconds that a number speaks about
+const LAYERS_EVERY = 2; // seconds
 const PATIENCE = [1, 2, 4, 8]; // seconds between attempts to connect
 
 const WHY = { loading: "loading the model", draining: "shutting down", engine_dead: "the engine has stopped" };
@@ -58,9 +59,23 @@ export class Live {
   async watch(signal) {
     const facts = await (await ask("understudy/model", { signal })).json();
     this.setModel(facts);
+    this.countLayers(signal);
     for await (const data of events(await ask("understudy/live", { signal }))) {
       this.attempt = 0;
       this.show(JSON.parse(data));
+    }
+  }
+
+  // What each layer found in memory, since the load. Not worth a complaint where it cannot be had.
+  async countLayers(signal) {
+    while (!signal.aborted) {
+      try {
+        const { layers } = await (await ask("understudy/layers", { signal })).json();
+        this.map.count(layers);
+      } catch {
+        return;
+      }
+      await new Promise((resolve) => setTimeout(resolve, 1000 * LAYERS_EVERY));
     }
   }
 
@@ -100,22 +115,22 @@ export class Live {
     const lookups = hits + late + misses;
     charts.lookups.add(
       time, [hits, late, misses], lookups ? percent(hits / lookups) : "–",
-      lookups ? `${rate(hits)} hits, ${rate(late)} late, ${rate(misses)} misses per second` : "no lookups",
+      lookups ? [`${rate(hits)} hits/s`, `${rate(late)} late`, `${rate(misses)} missed`] : "no lookups",
     );
     this.chartPrefetch(picture);
     const [demand, prefetch] = ["demand_bytes", "prefetch_bytes"].map((name) => this.pace(name));
     charts.bytes.add(
       time, [demand, prefetch], `${bytes(demand + prefetch)}/s`,
-      demand + prefetch ? `${bytes(demand)}/s asked for, ${bytes(prefetch)}/s ahead` : "nothing to read",
+      demand + prefetch ? [`${bytes(demand)}/s on demand`, `${bytes(prefetch)}/s ahead`] : "nothing was read",
     );
     const stall = Math.min(1, this.pace("stall_seconds"));
     charts.stall.add(time, [stall], percent(stall), "of the time");
     const [fresh, prompt] = [this.pace("new_tokens"), this.pace("prompt_tokens")];
-    charts.tokens.add(time, [fresh, prompt], `${rate(fresh)}/s`, `and ${rate(prompt)}/s of prompts read`);
-    const { running, waiting, kv_used: used, kv_total: total } = picture;
+    charts.tokens.add(time, [fresh, prompt], `${rate(fresh)}/s`, [`${rate(fresh)} new`, `${rate(prompt)} of prompts`]);
+    const { running, waiting } = picture;
     charts.requests.add(
       time, [running, waiting], String(running),
-      `${waiting} waiting, KV cache ${total ? percent(used / total) : "–"} full`,
+      [`${running} running`, `${waiting} waiting`],
     );
   }
 
@@ -126,7 +141,7 @@ export class Live {
     const off = picture.speculating ? "nothing to foresee" : "off";
     this.charts.prefetch.add(
       this.time, [precision], precision === null ? "–" : percent(precision),
-      issued || settled ? `${rate(this.pace("prefetch_issued"))}/s foreseen, ${count(wasted, "time")} in vain` : off,
+      issued || settled ? `${rate(this.pace("prefetch_issued"))} foreseen/s, ${rate(this.pace("prefetch_wasted"))} in vain` : off,
     );
   }
 
@@ -160,22 +175,24 @@ export class Live {
     const { plan } = this.facts;
     const experts = plan.slots * plan.slot_bytes;
     const kv = picture.kv_total ? picture.kv_used / picture.kv_total : 0;
+    const full = plan.slots ? picture.resident / plan.slots : 0;
     const parts = [
       ["dense", "dense weights", plan.dense, 1],
-      ["kv", "KV cache", plan.kv, kv],
+      ["kv", `KV cache ${percent(kv)} full,`, plan.kv, kv],
       ["buffers", "working memory", plan.staging + plan.activations + plan.predictors, 1],
-      ["experts", "expert slots", experts, experts ? (picture.resident * plan.slot_bytes) / experts : 0],
+      ["experts", `expert slots ${percent(full)} full,`, experts, full],
       ["free", "free", Math.max(0, plan.total - plan.used), 0],
     ].filter(([, , size]) => size > 0);
     if (!byId("budget").childElementCount) this.buildBudget(parts);
-    parts.forEach(([, , , used], i) => {
+    parts.forEach(([, words, size, used], i) => {
       byId("budget").children[i].firstElementChild.style.width = `${100 * used}%`;
+      byId("budget-parts").children[i].lastChild.data = `${words} ${bytes(size)}`;
     });
   }
 
   buildBudget(parts) {
     byId("budget-total").textContent = `${bytes(this.facts.plan.total)} in all`;
-    for (const [name, words, size] of parts) {
+    for (const [name, , size] of parts) {
       const bar = document.createElement("div");
       bar.dataset.part = name;
       bar.style.flexGrow = size;
@@ -185,7 +202,7 @@ export class Live {
       item.dataset.part = name;
       const swatch = document.createElement("i");
       swatch.className = "swatch";
-      item.append(swatch, `${words} ${bytes(size)}`);
+      item.append(swatch, document.createTextNode(""));
       byId("budget-parts").append(item);
     }
   }

@@ -1,7 +1,7 @@
 // The map: a row per layer, a cell per expert. Who is there is shown by size as well as by colour.
 
 import { colours } from "./colours.js";
-import { count } from "./words.js";
+import { count, percent } from "./words.js";
 
 const ABSENT = 0;
 const LOADING = 1;
@@ -14,13 +14,16 @@ const LARGEST = 30; // pixels of a cell
 const SMALLEST = 3;
 const GUTTER = 30; // for the layers' numbers
 const RULER = 16; // for the experts' numbers
+const TOP = 4;
+const FOUND = 44; // width of a layer's bar: what was found in memory
+const BESIDE = 12; // between cells and bars
 const ARRIVAL = 700; // milliseconds for which a newcomer glows
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class ExpertMap {
   constructor(canvas, box, note) {
-    Object.assign(this, { canvas, box, note, cells: null, cursor: null, scale: HOTTEST / 3 });
+    Object.assign(this, { canvas, box, note, cells: null, cursor: null, counted: null, scale: HOTTEST / 3 });
     this.context = canvas.getContext("2d");
     this.arrivals = new Map(); // cell -> when it came
     this.moving = false;
@@ -43,11 +46,12 @@ export class ExpertMap {
 
   layOut() {
     if (!this.layers) return;
-    const room = this.box.clientWidth - GUTTER - 6;
+    const room = this.box.clientWidth - GUTTER - BESIDE - FOUND - 6;
     const fits = Math.floor(room / this.widest);
     this.pitch = Math.max(SMALLEST, Math.min(LARGEST, fits));
     this.gap = this.pitch >= 14 ? 2 : this.pitch >= 5 ? 1 : 0;
-    const [width, height] = [GUTTER + this.widest * this.pitch, this.layers.length * this.pitch + RULER];
+    this.bars = GUTTER + this.widest * this.pitch + BESIDE;
+    const [width, height] = [this.bars + FOUND, TOP + this.layers.length * this.pitch + RULER];
     const dots = window.devicePixelRatio || 1;
     Object.assign(this.canvas, { width: Math.round(width * dots), height: Math.round(height * dots) });
     Object.assign(this.canvas.style, { width: `${width}px`, height: `${height}px` });
@@ -78,11 +82,18 @@ export class ExpertMap {
     this.move();
   }
 
+  // layers: of each what /understudy/layers says
+  count(layers) {
+    this.counted = layers;
+    this.draw();
+  }
+
   draw() {
     if (!this.layers) return;
     const { context, palette } = this;
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     this.drawNumbers();
+    this.drawBars();
     for (let layer = 0; layer < this.layers.length; layer++) {
       for (let expert = 0; expert < this.layers[layer].experts; expert++) this.drawCell(layer, expert);
     }
@@ -91,7 +102,7 @@ export class ExpertMap {
       const size = this.pitch - this.gap;
       context.strokeStyle = palette.ink;
       context.lineWidth = 1.5;
-      context.strokeRect(GUTTER + expert * this.pitch - 1, layer * this.pitch - 1 + 1, size + 2, size + 1);
+      context.strokeRect(GUTTER + expert * this.pitch - 1, TOP + layer * this.pitch - 1, size + 2, size + 2);
     }
   }
 
@@ -103,14 +114,32 @@ export class ExpertMap {
     context.textAlign = "right";
     const skip = Math.ceil(12 / pitch);
     for (let layer = 0; layer < this.layers.length; layer += skip) {
-      context.fillText(String(layer), GUTTER - 8, (layer + 0.5) * pitch - this.gap / 2);
+      context.fillText(String(layer), GUTTER - 8, TOP + (layer + 0.5) * pitch - this.gap / 2);
     }
     context.textAlign = "center";
     const step = [1, 2, 4, 8, 16, 32, 64].find((n) => n * pitch >= 26) ?? 128;
-    const y = this.layers.length * pitch + RULER / 2 + 1;
+    const y = TOP + this.layers.length * pitch + RULER / 2 + 1;
     for (let expert = 0; expert < this.widest; expert += step) {
       context.fillText(String(expert), GUTTER + (expert + 0.5) * pitch - this.gap / 2, y);
     }
+    context.textAlign = "left";
+    if (this.counted) context.fillText("found", this.bars, y);
+  }
+
+  drawBars() {
+    const { context, palette, pitch, gap } = this;
+    const height = Math.min(pitch - gap, 8);
+    this.counted?.forEach((layer, row) => {
+      const lookups = layer.hits + layer.late + layer.misses;
+      if (!lookups) return;
+      let x = this.bars;
+      for (const name of ["hits", "late", "misses"]) {
+        const width = (FOUND * layer[name]) / lookups;
+        context.fillStyle = palette[name];
+        context.fillRect(x, TOP + row * pitch + (pitch - gap - height) / 2, width, height);
+        x += width;
+      }
+    });
   }
 
   // Full size: resident. Half: on its way. An empty place shows how much it is missed.
@@ -118,7 +147,7 @@ export class ExpertMap {
     const { context, palette, pitch, gap } = this;
     const index = this.first[layer] + expert;
     const cell = this.cells ? this.cells[index] : 0;
-    const [x, y, size] = [GUTTER + expert * pitch, layer * pitch, pitch - gap];
+    const [x, y, size] = [GUTTER + expert * pitch, TOP + layer * pitch, pitch - gap];
     const warmth = palette.ramp[Math.round(HOTTEST * Math.min(1, (cell & HOTTEST) / this.scale) ** CONTRAST)];
     context.clearRect(x, y, size, size);
     if (cell >> 6 === ABSENT) {
@@ -197,7 +226,7 @@ export class ExpertMap {
   // -------------------------------------------------------------------------- looking at one cell
 
   point(event) {
-    const layer = Math.floor(event.offsetY / this.pitch);
+    const layer = Math.floor((event.offsetY - TOP) / this.pitch);
     const expert = Math.floor((event.offsetX - GUTTER) / this.pitch);
     const inside = expert >= 0 && expert < (this.layers?.[layer]?.experts ?? 0);
     this.inspect(inside ? [layer, expert] : null);
@@ -234,8 +263,14 @@ export class ExpertMap {
     const [layer, expert] = this.cursor;
     const cell = this.cells?.[this.first[layer] + expert] ?? 0;
     const state = cell >> 6 === ABSENT ? `on ${this.slow}` : STATE[cell >> 6];
-    const text = `Layer ${layer}, expert ${expert}: ${state}, ${lately(cell & HOTTEST)}.`;
+    const text = `Layer ${layer}, expert ${expert}: ${state}, ${lately(cell & HOTTEST)}. ${this.found(layer)}`;
     if (this.note.textContent !== text) this.note.textContent = text;
+  }
+
+  found(layer) {
+    const counted = this.counted?.[layer];
+    const lookups = counted ? counted.hits + counted.late + counted.misses : 0;
+    return lookups ? `The layer found ${percent(counted.hits / lookups)} in memory.` : "";
   }
 
   hottest(most) {

@@ -22,7 +22,7 @@ export const seconds = (value) => (value < 1 ? milliseconds(value) : `${digits(v
 
 export const milliseconds = (value) => (value < 1 ? `${digits(1000 * value)} ms` : `${digits(value)} s`);
 
-export const rate = (value) => (value >= 1000 ? Math.round(value).toLocaleString("en") : digits(value));
+export const rate = (value) => (value >= 9.5 ? Math.round(value).toLocaleString("en") : value ? value.toFixed(1) : "0");
 
 export function count(number, noun) {
   const many = noun.endsWith("s") ? `${noun}es` : `${noun}s`;
