@@ -300,7 +300,7 @@ class BatchEngine:
         ticket.times.append(now)
         row.tokens.append(picked.token)
         ticket.entry.every = False
-        delta = ticket.answer.add(picked)
+        delta = ticket.answer.add(picked, ticket.sampler.complete)
         delta.prompt_logprobs = _once(ticket)
         self._send(ticket, delta)
         return 1
