@@ -6,6 +6,7 @@ say. No path is ever made from a request.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from importlib.resources import files
 
@@ -54,7 +55,7 @@ def routes() -> APIRouter:
     return router
 
 
-def _served(content: bytes, media_type: str) -> object:
+def _served(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     tag = f'"{sha256(content).hexdigest()[:16]}"'
 
     async def serve(request: Request) -> Response:

@@ -138,7 +138,7 @@ export class Live {
     const [issued, used, wasted] = ["issued", "used", "wasted"].map((name) => this.lately(`prefetch_${name}`));
     const settled = used + wasted;
     const precision = settled ? used / settled : null;
-    const off = picture.speculating ? "nothing to foresee" : "off";
+    const off = picture.speculating ? "nothing to foresee" : "switched off";
     this.charts.prefetch.add(
       this.time, [precision], precision === null ? "–" : percent(precision),
       issued || settled ? `${rate(this.pace("prefetch_issued"))} foreseen/s, ${rate(this.pace("prefetch_wasted"))} in vain` : off,
