@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from serve.pretended import SLOT_BYTES, PretendedBatch, a_step
@@ -208,6 +212,38 @@ def test_the_last_picture_of_a_server_that_drains_says_so(
     assert response.headers["cache-control"] == "no-store"
     (event,) = response.text.split("\n\n")[:-1]
     assert json.loads(event.removeprefix("data: "))["draining"] is True
+
+
+def test_who_leaves_gives_back_the_seat(batch: PretendedBatch, live: Live) -> None:
+    app = FastAPI()
+    app.include_router(live_module.routes(lambda: live))
+    with listening(app) as port:
+        for _ in range(5):  # more than there are seats
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+                client.sendall(b"GET /understudy/live HTTP/1.1\r\nHost: test\r\n\r\n")
+                assert b"200 OK" in client.recv(1000)
+                until(lambda: batch.runtime.tap is not None)
+            until(lambda: batch.runtime.tap is None)
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[int]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.005)
 
 
 def test_facts(client: TestClient) -> None:
