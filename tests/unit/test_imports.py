@@ -42,12 +42,14 @@ FLOORS: list[list[set[str]]] = [
             "evaluate",
             "packing",
             "learn",
+            "batch",
         },
     ],
     [
         {
             "cli",
             "serve",
+            "traffic",
             "bench",
             "compare",
             "demo",
