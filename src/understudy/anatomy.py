@@ -58,6 +58,10 @@ class Options:
     device: str = "cpu"
     device_memory: str | int = "auto"
     decode: str = "auto"  # who fetches between tokens: the host, the device; auto: measured
+    # Sequences that may run at once over one KV cache, each of up to ``max_context`` tokens, and
+    # the bytes of that cache ("25%" of the checkpoint); auto: see `plan.kv_budget`.
+    sequences: int = 1
+    kv_memory: str | int = "auto"
 
     def __post_init__(self) -> None:
         if self.device == "cpu":
@@ -66,7 +70,7 @@ class Options:
             raise UnderstudyError(f"unknown frame {self.frame!r}; use auto, compiled or eager")
         if self.decode not in DECODES:
             raise UnderstudyError(f"unknown --decode {self.decode!r}; use {', '.join(DECODES)}")
-        for name in ("depth", "io_threads", "prefill_chunk_size"):
+        for name in ("depth", "io_threads", "prefill_chunk_size", "sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnderstudyError(f"{name} must be at least 1, not {value}")
@@ -247,7 +251,17 @@ def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) 
     config = a.checkpoint.config
     whole = guest.repeated_kv_bytes(config, context, dtype.itemsize) if on_device else 0
     tokens = min(options.prefill_chunk_size or context, context)
-    return tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
+    working = tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
+    return working + _sampling(a, options)
+
+
+def _sampling(a: Anatomy, options: Options) -> int:
+    """Working memory of picking tokens for many sequences at once: their logits in float32, as the
+    model made them and as a few processors change them."""
+    if options.sequences == 1:
+        return 0
+    vocabulary = int(getattr(guest.text_config(a.checkpoint.config), "vocab_size", 0) or 0)
+    return 4 * 4 * options.sequences * vocabulary
 
 
 def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:

@@ -104,7 +104,8 @@ def load(
     place = place_of(anatomy, chosen)
     context = anatomy.context(chosen.max_context)
     estimate = guest.kv_cache_estimate(anatomy.checkpoint.config, context, dtype.itemsize)
-    _fit(place, chosen, anatomy.dense_bytes(dtype), estimate, context, dtype)
+    guessed = guest.KvCost(0, estimate / context)
+    _fit(place, chosen, anatomy.dense_bytes(dtype), guessed, context, dtype)
     model = guest.load_guest(
         anatomy.checkpoint.path,
         anatomy.checkpoint.config,
@@ -113,7 +114,7 @@ def load(
         anatomy.unpacked_dense(dtype),
     )
     minds = Minds.of(anatomy, chosen, model)
-    kv = guest.kv_cache_bytes(model, context)
+    kv = guest.kv_cost(model)
     if asked.prefill_chunk_size is not None and not guest.chunks_prefill(model):
         chosen = replace(chosen, prefill_chunk_size=None)
     learned = 0 if minds.foresight is None else minds.foresight.nbytes
@@ -161,14 +162,22 @@ def _resident_bytes(model: Any) -> int:
 
 
 def _fit(
-    place: OnHost | OnDevice, o: Options, dense: int, kv: int, context: int, dtype: torch.dtype
+    place: OnHost | OnDevice,
+    o: Options,
+    dense: int,
+    cost: guest.KvCost,
+    context: int,
+    dtype: torch.dtype,
 ) -> planning.Plan:
-    a = place.a
-    return planning.fit(
-        place.budget(),
+    a, total = place.a, place.budget()
+    working, one = activations(a, o, context, dtype), cost.of(context)
+    left = total - dense - working
+    kv = planning.kv_budget(o.kv_memory, one, o.sequences, left, a.checkpoint.nbytes)
+    plan = planning.fit(
+        total,
         dense=dense,
         kv=kv,
-        activations=activations(a, o, context, dtype),
+        activations=working + _gathered(a, o, kv),
         slot_bytes=place.slot_bytes,
         experts=len(a.layouts),
         context=context,
@@ -179,3 +188,12 @@ def _fit(
         option=place.memory_option,
         format_in_words=a.format_in_words(),
     )
+    tokens = context * kv // one if one else context * o.sequences
+    return replace(plan, kv_tokens=tokens, kv_row_tokens=cost.rows_in_tokens(context))
+
+
+def _gathered(a: Anatomy, o: Options, kv: int) -> int:
+    """Keys and values of one layer, of all sequences: attention reads them out of their pages, and
+    holds them twice for a moment."""
+    layers = int(getattr(guest.text_config(a.checkpoint.config), "num_hidden_layers", 0) or 1)
+    return 2 * kv // layers if o.sequences > 1 else 0

@@ -20,6 +20,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
@@ -506,6 +508,8 @@ def _describe(step: int, args: Any, kwargs: Mapping[str, Any]) -> Forward:
         tokens = args[0]
     if tokens is None or tokens.ndim < 2:
         return Forward(step, Phase.PREFILL)
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return _describe_packed(step, kwargs["cu_seq_lens_q"].tolist())
     batch, length = tokens.shape[:2]
     phase = Phase.DECODE if length == 1 else Phase.PREFILL
     rows = _real(kwargs.get("attention_mask"), batch, length)
@@ -513,6 +517,14 @@ def _describe(step: int, args: Any, kwargs: Mapping[str, Any]) -> Forward:
     if rows is not None:
         requests = [r for r, real in zip(requests, rows.tolist(), strict=True) if real]
     return Forward(step, phase, rows=rows, requests=requests)
+
+
+def _describe_packed(step: int, ends: Sequence[int]) -> Forward:
+    """Sequences that lie one behind the other in one row, as transformers packs them; ``ends``:
+    where each begins, and where the last one ends."""
+    lengths = [end - start for start, end in pairwise(ends)]
+    phase = Phase.DECODE if max(lengths) == 1 else Phase.PREFILL
+    return Forward(step, phase, requests=[r for r, n in enumerate(lengths) for _ in range(n)])
 
 
 def _real(mask: Any, batch: int, length: int) -> torch.Tensor | None:
@@ -532,7 +544,7 @@ def text_config(config: Any) -> Any:
 
 
 def kv_cache_estimate(config: Any, context: int, itemsize: int) -> int:
-    """What `kv_cache_bytes` measures, from the configuration alone: exact for ordinary attention,
+    """What `kv_cost` measures, from the configuration alone: exact for ordinary attention,
     too much for sliding windows and linear attention."""
     return sum(_kv_numbers(layer, repeated=False) for layer in _layers(config)) * itemsize * context
 
@@ -576,13 +588,31 @@ def experts_per_token(config: Any) -> int:
     return 0
 
 
-def kv_cache_bytes(model: Any, context: int) -> int:
-    """Bytes of the cache after ``context`` tokens of one sequence, measured on two short forwards
-    of the guest without experts and extrapolated (a sliding window makes it smaller)."""
+@dataclass(frozen=True, slots=True)
+class KvCost:
+    """Bytes that one sequence keeps between steps: ``per_row`` whatever its length (states of
+    recurrent layers), and ``per_token``."""
+
+    per_row: int
+    per_token: float
+
+    def of(self, tokens: int) -> int:
+        return int(self.per_row + self.per_token * tokens)
+
+    def rows_in_tokens(self, context: int) -> int:
+        """Tokens' worth of a row with nothing in it, where a token costs what one of ``context``
+        tokens does."""
+        whole = self.of(context)
+        return -(-self.per_row * context // whole) if whole else 0
+
+
+def kv_cost(model: Any) -> KvCost:
+    """Measured on two short forwards of the guest without experts; beyond them it is extrapolated
+    (a sliding window makes it smaller)."""
     with quiet():
         short, long = (_cache_after(model, n) for n in (4, 12))
     per_token = max(0, long - short) / 8
-    return max(int(short + per_token * (context - 4)), long)
+    return KvCost(max(0, int(short - 4 * per_token)), per_token)
 
 
 def chunks_prefill(model: Any) -> bool:

@@ -114,6 +114,8 @@ class Plan:
     expert_bytes: int
     tokens_per_second: float | None = None  # expected, None: nobody has measured the disk
     format_in_words: str = ""  # what the experts are in, where a person should be told
+    kv_tokens: int = 0  # that the KV cache holds, of all sequences together
+    kv_row_tokens: int = 0  # tokens' worth of it that a sequence takes whatever its length
 
     @property
     def used(self) -> int:
@@ -135,7 +137,7 @@ class Plan:
         parts = [
             f"plan: {self.slots} of {self.experts} experts resident ({share:.0f} %)",
             f"dense {shown_size(self.dense)}",
-            f"KV {shown_size(self.kv)} for {self.context} tokens",
+            f"KV {shown_size(self.kv)} for {self._tokens_in_words()}",
             f"{shown_size(self.used)} of {shown_size(self.total)} used",
         ]
         if self.format_in_words:
@@ -143,6 +145,11 @@ class Plan:
         if self.tokens_per_second is not None:
             parts.append(f"expected about {_rounded(self.tokens_per_second)} tokens/s")
         return ", ".join(parts)
+
+    def _tokens_in_words(self) -> str:
+        if self.kv_tokens <= self.context:
+            return f"{self.context} tokens"
+        return f"{self.kv_tokens} tokens, {self.context} at most in one answer"
 
     def as_dict(self) -> dict[str, int | float | str | None]:
         return {**asdict(self), "used": self.used}
@@ -203,6 +210,25 @@ def fit(
         expert_bytes=expert_bytes or slot_bytes,
         format_in_words=format_in_words,
     )
+
+
+def kv_budget(asked: str | int, one: int, sequences: int, left: int, checkpoint_bytes: int) -> int:
+    """Bytes of the KV cache that ``sequences`` share, of which one takes ``one`` at its longest.
+
+    ``auto``: enough for all of them at their longest, but no more than a quarter of what is
+    ``left`` of the budget after dense weights and working memory, and enough for one in any case.
+    Whoever finds no room waits; experts that find none are read again and again.
+    """
+    if asked == "auto":
+        return min(one * sequences, max(one, left // 4))
+    kv = parse_memory(asked, checkpoint_bytes)
+    if kv < one:
+        raise BudgetTooSmall(
+            f"--kv-memory {asked} is less than one sequence takes at its longest; try "
+            f"--kv-memory {typed_size(one)} or a smaller --max-context",
+            one,
+        )
+    return kv
 
 
 def _as_given(total: int) -> str:

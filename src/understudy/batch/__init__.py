@@ -235,6 +235,7 @@ class Seats(Protocol):
 
     capacity: int  # tokens that all rows together can hold
     prefix_sharing: bool
+    whole_prompts: bool  # a prompt cannot be read in chunks
 
     def admit(self, row: Row) -> int:
         """A row comes in. Sets ``row.done`` to the tokens of its beginning that are in the cache
@@ -250,7 +251,10 @@ class Seats(Protocol):
         all of them must be released."""
 
     def release(self, row: Row) -> None:
-        """The row leaves; harmless when repeated."""
+        """The row leaves, nothing of it is done any more; harmless when repeated."""
+
+    def close(self) -> None:
+        """The model is as it was before."""
 
     @property
     def used(self) -> int:

@@ -1,0 +1,111 @@
+"""Attention over a packed batch: every sequence over its own keys and values, on any device.
+
+Knows: transformers' attention interface, its paged cache, which rows of a step belong together.
+Does not know: who the sequences are, or where their pages lie.
+
+transformers' own paged attention computes all queries against the keys of all sequences under a
+mask, unless flash attention is there. On a CPU that is the batch size times too much, and the sums
+of one sequence depend on its neighbours. Here the numbers of a sequence are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+PACKED = "understudy-packed"  # transformers makes no mask for an attention that it has none for
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence of a step: its queries and its keys among those of all, as [first, end)."""
+
+    q: tuple[int, int]
+    k: tuple[int, int]
+
+
+def spans(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> list[Span]:
+    """Sequences that lie one behind the other."""
+    found, q, k = [], 0, 0
+    for queries, keys in zip(q_lengths, k_lengths, strict=True):
+        found.append(Span((q, q + queries), (k, k + keys)))
+        q, k = q + queries, k + keys
+    return found
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cache: Any = None,
+    s_aux: torch.Tensor | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D].
+
+    ``cache``: a paged cache with ``spans`` of this step, per kind of attention. ``s_aux``: a logit
+    per head for "nothing" (attention sinks). Raises where it would have to leave something out.
+    """
+    if cache is None or position_bias is not None:
+        raise RuntimeError("this attention is made for packed batches over a paged cache")
+    allocator = cache.layer_to_allocator[module.layer_idx]
+    key, value = cache.update(key, value, module.layer_idx, kwargs)
+    window = getattr(allocator, "sliding_window", None)
+    parts = [
+        _one(query[:, :, slice(*span.q)], key[:, :, slice(*span.k)], value[:, :, slice(*span.k)],
+             scaling, window, s_aux, softcap)
+        for span in cache.spans[allocator.layer_type]
+    ]  # fmt: skip
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PACKED, attend)
+
+
+def _one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None,
+    sinks: torch.Tensor | None, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """One sequence: its queries are the last of its positions."""
+    mask = _mask(q.shape[2], k.shape[2], window, q.device)
+    if sinks is None and softcap is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    nothing = sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
+    chances = torch.cat([scores, nothing], dim=-1).softmax(-1, dtype=torch.float32)
+    return chances[..., :-1].to(q.dtype) @ v
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
+    """Which key each query may see; ``None``: all of them."""
+    far = window is not None and keys > window
+    if queries == 1 and not far:
+        return None
+    distance = (
+        torch.arange(keys - queries, keys, device=device)[:, None]
+        - torch.arange(keys, device=device)[None, :]
+    )
+    seen = distance >= 0
+    return seen & (distance < window) if window is not None and far else seen
