@@ -55,6 +55,7 @@ class FakeServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: else the second waits for the first one's receipt
     fake: FakeServer
 
     def log_message(self, *_: Any) -> None:

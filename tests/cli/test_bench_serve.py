@@ -192,9 +192,3 @@ def test_mistakes_are_one_line(understudy: Command, arguments: tuple[str, ...], 
     assert ended.code == 2
     assert said in ended.err
     assert ended.err.count("\n") == 1
-
-
-def test_a_model_is_still_measured_in_process(understudy: Command) -> None:
-    ended = understudy("bench", "model", "--repeats", "1", "--new-tokens", "4", "--json")
-    assert ended.code == 0
-    assert ended.json["model"] == "model"

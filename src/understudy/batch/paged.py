@@ -111,7 +111,9 @@ class Paged:
 
     @property
     def used(self) -> int:
-        tables = (set().union(*a.block_table.values()) for a in self.cache.cache_allocators.values())
+        tables = (
+            set().union(*a.block_table.values()) for a in self.cache.cache_allocators.values()
+        )
         return max(len(blocks) for blocks in tables) * PAGE
 
     # ------------------------------------------------------------------------------------- a step
@@ -155,7 +157,9 @@ class Paged:
             with guest.quiet(), torch.inference_mode():
                 found = self._rehearse(rows)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as e:
-            raise Unpaged(f"{type(self.model).__name__}: {' '.join(str(e).split())[:200]}") from None
+            raise Unpaged(
+                f"{type(self.model).__name__}: {' '.join(str(e).split())[:200]}"
+            ) from None
         finally:
             for row in rows:
                 self.release(row)
