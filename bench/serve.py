@@ -42,6 +42,7 @@ from bench.match import Course, Rates
 from understudy.batch import Ask, Delta, Report, Sampling, StepReport
 from understudy.batch.engine import BatchEngine
 from understudy.batch.opening import start
+from understudy.batch.paged import PAGE
 from understudy.core import Counters, LayerEvent, UnderstudyError
 from understudy.simulate import replay
 
@@ -279,7 +280,7 @@ def measure(model: str, twin: Path, options: argparse.Namespace) -> tuple[list[A
         memory=options.memory,
         slots=options.slots,
         max_num_seqs=largest,
-        max_context=options.prompt_tokens + options.new_tokens + 1,
+        max_context=-(-(options.prompt_tokens + options.new_tokens) // PAGE) * PAGE,
         on_status=show.say,
     )
     try:
