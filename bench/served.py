@@ -45,7 +45,7 @@ class Served:
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._child = subprocess.Popen(
             [sys.executable, *program, str(model), "--port", str(self.port), *options],
             env=environment(),
