@@ -419,6 +419,27 @@ def _shared(block: Any) -> Any:
     return shared.forward
 
 
+@contextmanager
+def without_experts(model: Any) -> Iterator[None]:
+    """Meanwhile the experts add nothing, and the seam hears of nothing: for rehearsals, where a
+    model's other parts are what is tried."""
+    modules, announce = guests(model), model._announce
+    seams = [module.seam for module in modules]
+    model._announce = None
+    for module in modules:
+        module.seam = _nobody
+    try:
+        yield
+    finally:
+        model._announce = announce
+        for module, seam in zip(modules, seams, strict=True):
+            module.seam = seam
+
+
+def _nobody(layer: int, hidden: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden)
+
+
 def attach(
     model: Any, seam: Seam, experts: Sequence[ExpertsModule], *, residuals: bool = False
 ) -> None:

@@ -18,6 +18,7 @@ from understudy.core import UnderstudyError
 from understudy.engine import Engine
 
 BATCHINGS = ("auto", "paged", "fibers")
+FEWEST_TOKENS = 32  # of a step: fewer would read a prompt's experts again and again
 
 
 def start(
@@ -37,6 +38,11 @@ def start(
     """
     if batching not in BATCHINGS:
         raise UnderstudyError(f"unknown batching {batching!r}; use {', '.join(BATCHINGS)}")
+    if max_num_batched_tokens < FEWEST_TOKENS:
+        raise UnderstudyError(
+            f"--max-num-batched-tokens must be at least {FEWEST_TOKENS}, not "
+            f"{max_num_batched_tokens}"
+        )
     if options.get("frame", "auto") == "compiled":
         raise UnderstudyError("batches run uncompiled layers; use --frame auto or eager")
     options |= {

@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass(slots=True)
 class _Step:
-    """What a step may still have: ``tokens``, of which so many with logits at ``every`` position."""
+    """What a step may still have: ``tokens``, and so many with logits at ``every`` position."""
 
     tokens: int
     every: int
