@@ -3,13 +3,16 @@ half an answer for a whole one."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx2
@@ -17,11 +20,13 @@ import pytest
 from faults.test_running import Disk, cut
 from serve.conftest import Running, until
 
+from bench.clients import Clients, jobs
 from bench.served import Served, free_port
+from understudy.batch import Ask, Report, StepReport
 from understudy.batch.opening import start
 
-LONG = {"prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-SHORT = {**LONG, "max_tokens": 12}
+BODY = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+LONG = {**BODY, "max_tokens": 400}
 HELD = {"memory": "1GiB", "slots": 12, "direct_io": False, "self_switch": False}
 
 
@@ -58,27 +63,26 @@ class Client:
     def __init__(self, url: str) -> None:
         self.http = httpx2.Client(base_url=url, timeout=60.0, trust_env=False)
 
-    def whole(self, body: dict[str, Any] = SHORT) -> httpx2.Response:
+    def whole(self, body: dict[str, Any] = BODY) -> httpx2.Response:
         return self.http.post("/v1/completions", json=body)
 
-    def text(self, body: dict[str, Any] = SHORT) -> str:
+    def text(self, body: dict[str, Any] = BODY) -> str:
         response = self.whole(body)
         assert response.status_code == 200, response.text
         (choice,) = response.json()["choices"]
         assert choice["finish_reason"] == "length"
         return str(choice["text"])
 
-    def stream(self, body: dict[str, Any] = LONG) -> httpx2.Response:
-        request = self.http.build_request("POST", "/v1/completions", json={**body, "stream": True})
-        return self.http.send(request, stream=True)
+    @contextmanager
+    def stream(self, body: dict[str, Any] = BODY) -> Iterator[Stream]:
+        """An answer that has begun."""
+        asked = {**body, "stream": True}
+        with self.http.stream("POST", "/v1/completions", json=asked) as response:
+            assert response.status_code == 200
+            yield Stream(event.data for event in httpx2.EventSource(response))
 
     def health(self) -> int:
         return self.http.get("/health").status_code
-
-
-def events(response: httpx2.Response) -> Stream:
-    assert response.status_code == 200
-    return Stream(event.data for event in httpx2.EventSource(response))
 
 
 @pytest.fixture
@@ -113,87 +117,117 @@ def engine_of(server: Running) -> Any:
     return server.stage.opened.batch
 
 
-def broke_off(stream: Stream, whole: str) -> None:
-    """It says that it failed, it does not claim to be finished, and nothing in it was wrong."""
+class Saboteur:
+    """An observer of the engine: does something in the middle of the next answer."""
+
+    def __init__(self, server: Running, act: Callable[[], object]) -> None:
+        self.act, self.left = act, 5
+        engine_of(server).add_observer(self)
+
+    def on_token(self, seconds: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+    def on_step(self, step: StepReport) -> None:
+        pass
+
+    def on_finish(self, ask: Ask, finish: str, report: Report) -> None:
+        pass
+
+
+def broke_off(client: Client, whole: str) -> None:
+    """The next streamed answer says that it has failed, it does not claim to be finished, and
+    nothing in it was wrong."""
+    with client.stream() as stream:
+        stream.read()
     assert stream.error is not None
     assert stream.error["message"]
     assert stream.finish is None
+    assert 0 < len(stream.text) < len(whole)
     assert whole.startswith(stream.text)
     assert "secret-place" not in str(stream.error)
-    assert "Traceback" not in str(stream.error)
+
+
+def refused(client: Client, status: int) -> str:
+    """The message of the error that the next answer is."""
+    response = client.whole()
+    assert response.status_code == status
+    assert "secret-place" not in response.text
+    return str(response.json()["error"]["message"])
 
 
 def test_a_disk_that_fails_for_a_while(serving: Open) -> None:
     server, client = serving()
-    short, long = client.text(SHORT), client.text(LONG)
-    disk = Disk(engine_of(server).engine.model)
-    with client.stream() as response:
-        stream = events(response).read(3)
-        disk.fails = lambda: True
-        broke_off(stream.read(), long)
-    failed = client.whole()
-    assert failed.status_code == 500
-    assert failed.json()["error"]["type"] == "server_error"
-    assert "secret-place" not in failed.text
+    text, disk = client.text(), Disk(engine_of(server).engine.model)
+    Saboteur(server, lambda: setattr(disk, "fails", lambda: True))
+    broke_off(client, text)
+    assert "disk" in refused(client, 500)
     assert client.health() == 200  # disks may come back
     disk.fails = lambda: False
-    assert client.text(SHORT) == short
+    assert client.text() == text
 
 
 def test_a_shard_that_is_cut(serving: Open, folder: Path) -> None:
-    _, client = serving()
-    long = client.text(LONG)
-    with client.stream() as response:
-        stream = events(response).read(3)
-        (weights,) = folder.glob("*.safetensors")
-        cut(weights)
-        broke_off(stream.read(), long)
-    failed = client.whole()
-    assert failed.status_code == 500
-    assert "secret-place" not in failed.text
+    server, client = serving()
+    text, (weights,) = client.text(), folder.glob("*.safetensors")
+    Saboteur(server, lambda: cut(weights))
+    broke_off(client, text)
+    assert "disk" in refused(client, 500)
 
 
 def test_a_dead_engine_is_told_by_health_and_to_everybody(
     serving: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server, client = serving()
-    long = client.text(LONG)
-
     def broken() -> Sequence[Any]:
         raise RuntimeError("a bug in secret-place")
 
-    with client.stream() as response:
-        stream = events(response).read(3)
-        monkeypatch.setattr(engine_of(server)._scheduler, "next", broken)
-        broke_off(stream.read(), long)
+    server, client = serving()
+    text, scheduler = client.text(), engine_of(server)._scheduler
+    Saboteur(server, lambda: monkeypatch.setattr(scheduler, "next", broken))
+    broke_off(client, text)
     assert client.health() == 503
-    refused = client.whole()
-    assert refused.status_code == 503
-    assert "restart" in refused.json()["error"]["message"]
-    assert "secret-place" not in refused.text
+    assert "restarted" in refused(client, 503)
 
 
 @pytest.mark.parametrize("jump", [-3e8, 3e8])
 def test_a_jump_of_the_clock_changes_nothing(
     serving: Open, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    _, client = serving(request_timeout=50.0, body_timeout=50.0, write_timeout=50.0)
-    long, real = client.text(LONG), time.time
-    with client.stream() as response:
-        stream = events(response).read(3)
-        monkeypatch.setattr(time, "time", lambda: real() + jump)
+    limits = {"request_timeout": 50.0, "body_timeout": 50.0, "write_timeout": 50.0}
+    server, client = serving(**limits)
+    text, real = client.text(), time.time
+    Saboteur(server, lambda: monkeypatch.setattr(time, "time", lambda: real() + jump))
+    with client.stream() as stream:
         stream.read()
-    assert (stream.text, stream.finish, stream.done) == (long, "length", True)
-    assert client.text(SHORT) == long[: len(client.text(SHORT))]
+    assert (stream.text, stream.finish, stream.done) == (text, "length", True)
+    assert client.text() == text
 
 
 def test_a_drain_without_time_cuts_off_and_says_so(serving: Open) -> None:
     server, client = serving(drain_timeout=0.0)
-    long = client.text(LONG)
-    with client.stream() as response:
-        stream = events(response).read(3)
-        server.signal()
-        broke_off(stream.read(), long)
+    text = client.text()
+    Saboteur(server, server.signal)
+    broke_off(client, text)
+
+
+def test_many_clients_some_of_them_careless(serving: Open) -> None:
+    """`bench/load.py` in small: every answer is the one given alone, whoever else is there."""
+    server, _ = serving()
+
+    async def live() -> Clients:
+        async with httpx2.AsyncClient(base_url=server.url, timeout=60.0, trust_env=False) as http:
+            alone = Clients(http, (), seed=0)
+            asked = jobs(range(3, 259), ("a", "A longer text. " * 9), 300, Random(0))
+            clients = Clients(http, [await alone.ask_alone(job) for job in asked], seed=0)
+            await clients.live(8, seconds=1.5)
+            return clients
+
+    outcome = asyncio.run(live()).outcome
+    assert outcome.wrong == []
+    assert outcome.mismatches == []
+    assert outcome.counts["greedy"] > 8
+    until(lambda: engine_of(server).snapshot().running == 0)
 
 
 # ------------------------------------------------------------------------------ whole processes
@@ -202,23 +236,25 @@ def test_a_drain_without_time_cuts_off_and_says_so(serving: Open) -> None:
 def test_killed_started_again_and_told_to_end(speaking_model: Path) -> None:
     """SIGKILL in mid-stream, another server on the same port, SIGTERM in mid-stream."""
     port = free_port()
-    open_one = partial(Served, speaking_model, "--memory", "1GiB", "--max-context", "512", port=port)
+    open_one = partial(
+        Served, speaking_model, "--memory", "1GiB", "--max-context", "512", port=port
+    )
     with open_one() as server:
         server.wait_until_ready()
         client = Client(server.url)
         long = client.text(LONG)
-        with pytest.raises(httpx2.HTTPError), client.stream() as response:
-            stream = events(response).read(1)
+        with pytest.raises(httpx2.HTTPError), client.stream(LONG) as stream:
+            stream.read(1)
             server.kill()
             stream.read()
         assert (stream.finish, stream.done) == (None, False)
     with open_one() as server:
         server.wait_until_ready()
         client = Client(server.url)
-        with client.stream() as response:
-            stream = events(response).read(1)
+        with client.stream(LONG) as stream:
+            stream.read(1)
             server.terminate()
-            until(lambda: server.health() in (503, None))
+            until(lambda: server.health() in (503, None), seconds=30)
             stream.read()
         assert (stream.text, stream.finish, stream.done) == (long, "length", True)
         assert server.wait() == 0, server.said
