@@ -28,7 +28,7 @@ class Process:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "bench.worker", runner],
                 cwd=ROOT,
-                env=_environment(),
+                env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -89,7 +89,7 @@ class Process:
             self._limit = None
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, with the packages of this checkout to be found first."""
     import os
 

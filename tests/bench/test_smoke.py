@@ -66,6 +66,19 @@ def test_overhead_smoke() -> None:
     ]  # fmt: skip
 
 
+def test_serve_smoke() -> None:
+    last, printed = run(
+        "serve.py", "--smoke", "--models", "coarse", "--batches", "1,3", "--repeats", "1"
+    )
+    for row, batch in zip(last["rows"], (1, 3), strict=True):
+        assert row["batch"] == batch
+        assert row["tokens_per_second"] > 0
+        assert 0 < row["best_bytes"] <= row["bound_bytes"] <= row["union_bytes"]
+    assert last["rows"][1]["union_bytes"] > last["rows"][0]["union_bytes"]
+    assert "coarse batch 3 / batch 1" in last["ratios"]
+    assert "of bound" in printed
+
+
 def test_a_wrong_cell_is_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "bench/decode.py", "--cells", "huge:33"],

@@ -113,10 +113,10 @@ def parse(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         assert set(arguments) <= {"-h", "--help", "--version"}
         return
-    command = group.commands.get(arguments[0])
-    assert command is not None, f"no such command: {arguments[0]}"
+    assert arguments[0] in group.commands, f"no such command: {arguments[0]}"
+    name, command, rest = group.resolve_command(None, list(arguments))
     if not {"-h", "--help"} & set(arguments):
-        command.make_context(arguments[0], list(arguments[1:]))
+        command.make_context(name, rest)
 
 
 @every_page
@@ -156,7 +156,8 @@ def test_commands_and_options_named_in_the_text_exist(page: Path) -> None:
 
 def test_the_readme_names_every_command() -> None:
     text = with_readme().read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:understudy +|`)([a-z]+)\b", text))
+    named = set(re.findall(r"(?:understudy +|`)([a-z]+(?: serve)?)\b", text))
+    named |= {name.split()[0] for name in named}
     missing = set(command_line().commands) - named
     assert not missing, f"README.md does not name {', '.join(sorted(missing))}"
 

@@ -49,6 +49,7 @@ FLOORS: list[list[set[str]]] = [
         {
             "cli",
             "serve",
+            "traffic",
             "bench",
             "compare",
             "demo",

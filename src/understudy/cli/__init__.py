@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from understudy.cli import (
+    bench_serve,
     compare,
     doctor,
     evaluate,
@@ -36,8 +38,20 @@ DONE, CURABLE, INTERRUPTED = 0, 2, 130
 # Depending on its version typer imports click or brings a copy: ask typer for the class.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+
+class Commands(TyperGroup):
+    """A command's name may be two words, of which the first alone is another command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        two = " ".join(args[:2])
+        if len(args) > 1 and two in self.commands:
+            return two, self.commands[two], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="understudy",
+    cls=Commands,
     help="Runs Mixture-of-Experts language models that are larger than the memory they are given.",
     epilog="Every option has an environment twin: --max-context is UNDERSTUDY_MAX_CONTEXT.",
     rich_markup_mode=None,  # plain help: its columns are narrow enough for names in full
@@ -86,6 +100,7 @@ for command in (
 ):
     app.command()(command)
 app.command("eval")(evaluate.evaluate)
+app.command("bench serve")(bench_serve.bench_serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,7 +6,7 @@ Does not know: what an option does; `EngineOptions` is handed to the engine as i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from inspect import Parameter, signature
@@ -167,24 +167,41 @@ class EngineOptions:
         return asdict(self)
 
 
+def takes_options(**groups: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Replaces a command's parameters of these names by one option per field of their
+    dataclasses."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(command)
+        def with_options(**given: Any) -> Any:
+            for name, group in groups.items():
+                told = {field.name: given.pop(field.name) for field in fields(group)}
+                given[name] = group(**told)
+            return command(**given)
+
+        own = signature(command, eval_str=True)
+        kept = [p for p in own.parameters.values() if p.name not in groups]
+        added = [parameter for group in groups.values() for parameter in _parameters(group)]
+        with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+        return with_options
+
+    return decorate
+
+
+def _parameters(group: type[Any]) -> Iterator[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        yield Parameter(
+            field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+
+
 def takes_engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces a command's parameter ``options`` by one option per field of `EngineOptions`."""
-    names = [field.name for field in fields(EngineOptions)]
-    hints = get_type_hints(EngineOptions, include_extras=True)
 
     @wraps(command)
-    def with_options(**given: Any) -> Any:
-        options = EngineOptions(**{name: given.pop(name) for name in names})
+    def checked(*, options: EngineOptions, **given: Any) -> Any:
         options.check_names()
         return command(options=options, **given)
 
-    own = signature(command, eval_str=True)
-    kept = [p for p in own.parameters.values() if p.name != "options"]
-    added = [
-        Parameter(
-            field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(EngineOptions)
-    ]
-    with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    return with_options
+    return takes_options(options=EngineOptions)(checked)
