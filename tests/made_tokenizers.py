@@ -1,4 +1,4 @@
-"""One small tokenizer of every kind that models have, made on the spot, and that of `models/fine`."""
+"""Small tokenizers of every kind that models have, made on the spot, and that of `models/fine`."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ class Turns:
         return self.steps[HOST].applies(kwargs)
 
     def __call__(self, kwargs: Mapping[str, Any]) -> Any:
-        watched = self.runtime.recording is not None or self.runtime.watch is not None
+        runtime = self.runtime
+        watched = (runtime.recording, runtime.watch, runtime.tap) != (None, None, None)
         if watched or self.choice.next(time.perf_counter()) == HOST:
             return self.steps[HOST](kwargs)
         # No event of another forward in between, and no Ctrl-C: the slots have one owner.

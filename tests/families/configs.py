@@ -83,7 +83,10 @@ MORE: dict[str, dict[str, Any]] = {
         "text_config.layer_types": ["linear_attention", "indexed_attention", "indexed_attention"],
         "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
     },
-    "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "attention"],
+        "mamba_chunk_size": 8,  # 256 is padded to, and takes seconds
+    },
     "inkling": {"vision_config.num_hidden_layers": 4, "vision_config.patch_size": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "nemotron_h": {"layer_types": ["linear_attention", "moe", "full_attention", "moe"]},

@@ -101,6 +101,10 @@ def test_a_recorded_event_is_the_hosts(source: Path, resident: torch.Tensor) -> 
         model.understudy.start_recording()
         assert torch.equal(say(model), resident)
         assert len(model.understudy.stop_recording()) == 2 * 3
+        heard: list[Any] = []
+        model.understudy.runtime.tap = heard.append
+        say(model)
+        assert len(heard) == 2 * 3
 
 
 @pytest.mark.parametrize(

@@ -78,19 +78,24 @@ def _one(
     sinks: torch.Tensor | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """One sequence: its queries are the last of its positions."""
-    mask = _mask(q.shape[2], k.shape[2], window, q.device)
+    queries, keys = q.shape[2], k.shape[2]
+    far = window is not None and keys > window
     if sinks is None and softcap is None:
+        if queries == 1 and not far:
+            return _one_token(q, k, v, scaling)
+        causal = queries == keys and not far  # half of the work, and what a plain forward does
+        mask = None if causal else _mask(queries, keys, window, q.device)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
+    mask = _mask(queries, keys, window, q.device)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is None:
         return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
     nothing = sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
@@ -98,14 +103,20 @@ def _one(
     return chances[..., :-1].to(q.dtype) @ v
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Any:
-    """Which key each query may see; ``None``: all of them."""
-    far = window is not None and keys > window
-    if queries == 1 and not far:
-        return None
+def _one_token(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Heads that share keys, as if they were positions: a tenth of the time."""
+    grouped = q.reshape(1, k.shape[1], q.shape[1] // k.shape[1], -1)
+    out = F.scaled_dot_product_attention(grouped, k, v, scale=scaling)
+    return out.reshape(1, q.shape[1], 1, -1)
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries, keys]: which key each query may see."""
     distance = (
         torch.arange(keys - queries, keys, device=device)[:, None]
         - torch.arange(keys, device=device)[None, :]
     )
     seen = distance >= 0
-    return seen & (distance < window) if window is not None and far else seen
+    return seen if window is None else seen & (distance < window)

@@ -1,210 +1,42 @@
 """Seats on transformers' ordinary caches: every row runs as a fiber that waits at its experts.
 
-Knows: greenlets, the seam, a model's forward and its own cache. Does not know: which tokens form a
-step (`schedule`), what a family's attention does, how experts come and go.
+Knows: a model's forward and its own cache. Does not know: how fibers share an experts call
+(`parking`), which tokens form a step (`schedule`), what a family's attention does.
 
-    row 0:  attention, router | waits .............. | resumes with its part
-    row 1:            attention, router | waits .... | resumes with its part
-    hub:                                 one experts call for the tokens of both
-
-A model's forward is not touched: it runs in a `greenlet` that is left where it calls its experts
-and entered again with their answer. The hub lets all rows of a step come to a call, and answers
-those of the lowest MoE layer together: an expert that several rows need is looked up, loaded and
-computed once. Who waits holds no expert. So every family with the experts interface can be
-batched, whatever its cache is; what the rows do not share is everything but the experts.
-
-To the seam a step is one forward, the packed one that it stands for: one `Forward`, one step in the
-counters, one time for the self-switch. `fiber_of_now` tells the calls of rows from all others, so
-the model can be called as before meanwhile.
+Every family with the experts interface can be batched so, whatever its cache is: rows share their
+experts and nothing else. What is tried at the start is whether it answers token by token, and
+whether its prompts can be read in chunks.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress, count
+from operator import ne
 from typing import Any, NamedTuple
 
 import torch
-from greenlet import GreenletExit, greenlet
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from understudy import model as guest
 from understudy.batch import Chunk, Row
+from understudy.batch.parking import Fiber, Hub, Parking
 from understudy.core import Forward, UnderstudyError, current_forward
+from understudy.frame import calls_from_torch
 
 KEPT = 32  # rows that have left and whose beginnings may be used again, at most
 
 
 class Unbatchable(UnderstudyError):
-    """This model does not answer token by token; the text says how that was seen."""
+    """The rows of this model cannot be run as fibers; the text says why."""
 
 
 class LostRow(UnderstudyError):
     """A step of this row has failed halfway, and its cache with it."""
-
-
-# ---------------------------------------------------------------------------------------- fibers
-
-
-class Call(NamedTuple):
-    """What a row asks of the experts of MoE layer ``layer``: hidden [T, H], ids and weights
-    [T, k]."""
-
-    layer: int
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-
-class Fiber:
-    """The forward of one row. ``call``: what it waits for; ``None``: it is over. ``result``: of
-    ``work``. ``forward``: its own, where the hooks on routers leave what they see."""
-
-    def __init__(self, number: int, forward: Forward, work: Callable[[], Any]) -> None:
-        self.number, self.forward, self._work = number, forward, work
-        self.call: Call | None = None
-        self.result: Any = None
-        self._greenlet = greenlet(self._run)
-
-    def _run(self) -> None:
-        """A greenlet begins with a context of its own, and an empty one."""
-        fiber_of_now.set(self)
-        current_forward.set(self.forward)
-        self.result = self._work()
-
-    def wait_for(self, call: Call) -> torch.Tensor:
-        """Called inside: back to the hub, until it has an answer."""
-        self.call = call
-        answer: torch.Tensor = self._greenlet.parent.switch()
-        return answer
-
-    def go_on(self, *answer: torch.Tensor) -> None:
-        """Called by the hub: on to the next call. Raises what the forward raises."""
-        self.call = None
-        self._greenlet.switch(*answer)
-
-    def end(self) -> None:
-        """However far it came. What it does on its way out is nobody's concern any more."""
-        if not self._greenlet.dead:
-            with suppress(Exception):
-                self._greenlet.throw(GreenletExit)
-
-
-fiber_of_now: ContextVar[Fiber | None] = ContextVar("understudy_fiber", default=None)
-
-
-class Parking:
-    """Stands before the seam of one model: rows wait here, all others pass."""
-
-    def __init__(self, seam: Any) -> None:
-        self.seam = seam
-
-    def __call__(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        fiber = fiber_of_now.get()
-        if fiber is None:
-            return self.seam(layer, hidden, ids, weights)  # type: ignore[no-any-return]
-        return fiber.wait_for(Call(layer, hidden, ids, weights))
-
-
-# ------------------------------------------------------------------------------------------- hub
-
-
-class _Hub:
-    """Runs the fibers of one step. Called where `current_forward` is the step's."""
-
-    def __init__(self, seams: Sequence[Any], apart: dict[int, str]) -> None:
-        """``seams``: who answers, per MoE layer. ``apart``: where it is noted that the rows of a
-        layer could not be shown to its router as one, and why."""
-        self._seams, self._apart = seams, apart
-        self._last: list[int] = []  # rows of the event before
-
-    def run(self, fibers: Sequence[Fiber]) -> None:
-        with ExitStack() as ends:
-            for fiber in fibers:
-                ends.callback(fiber.end)
-                fiber.go_on()
-            while waiting := [f for f in fibers if f.call is not None]:
-                layer = min(f.call.layer for f in waiting if f.call is not None)
-                here = [f for f in waiting if f.call is not None and f.call.layer == layer]
-                for fiber, answer in zip(here, self._ask(layer, here), strict=True):
-                    fiber.go_on(answer)
-
-    def _ask(self, layer: int, fibers: Sequence[Fiber]) -> Sequence[torch.Tensor]:
-        """One event for all of them."""
-        calls = [f.call for f in fibers if f.call is not None]
-        counts = [len(call.hidden) for call in calls]
-        self._describe(layer, fibers, counts)
-        joined = (_joined([call[i] for call in calls]) for i in (1, 2, 3))
-        out: torch.Tensor = self._seams[layer](layer, *joined)
-        return out.split(counts)
-
-    def _describe(self, layer: int, fibers: Sequence[Fiber], counts: Sequence[int]) -> None:
-        """The event's rows, and what their routers saw, into the step's `Forward`."""
-        step = current_forward.get()
-        assert step is not None
-        numbers = [f.number for f in fibers]
-        step.requests = [r for r, n in zip(numbers, counts, strict=True) for _ in range(n)]
-        if numbers != self._last:
-            step.foretold = {}  # about other tokens
-        self._last = numbers
-        own = [f.forward for f in fibers]
-        try:
-            step.router_args = _merged([f.router_args for f in own], counts)
-            step.residuals = _merged([f.residuals for f in own], counts)
-        except _NotMerged as e:
-            step.router_args, step.residuals = {}, {}
-            self._apart[layer] = str(e)
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-class _NotMerged(Exception):
-    """These cannot be arguments of one call over the tokens of all; the text says why."""
-
-
-def _merged(parts: Sequence[Any], counts: Sequence[int]) -> Any:
-    """The same argument of several calls, as it would be in one call over the tokens of all.
-    ``counts``: the tokens of each call."""
-    first = parts[0]
-    if all(part is first for part in parts):
-        return first
-    if any(type(part) is not type(first) for part in parts):
-        raise _NotMerged("its router is called in different ways")
-    if isinstance(first, torch.Tensor):
-        return _merged_tensors(parts, counts)
-    if isinstance(first, tuple | list):
-        if any(len(part) != len(first) for part in parts):
-            raise _NotMerged("its router is called in different ways")
-        return type(first)(_merged(of_all, counts) for of_all in zip(*parts, strict=True))
-    if isinstance(first, dict):
-        if any(part.keys() != first.keys() for part in parts):
-            raise _NotMerged("its router is called in different ways")
-        return {key: _merged([part[key] for part in parts], counts) for key in first}
-    if all(part == first for part in parts):
-        return first
-    raise _NotMerged(f"its router is given a {type(first).__name__} of each row")
-
-
-def _merged_tensors(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
-    """Vectors of tokens [.., T, H] or numbers of tokens [.., T], one behind the other."""
-    axis = -2 if parts[0].is_floating_point() and parts[0].ndim > 1 else -1
-    for part, count in zip(parts, counts, strict=True):
-        tokens = part.shape[: part.ndim + axis + 1]
-        if part.ndim == 0 or part.shape[axis] != count or tokens.numel() != count:
-            raise _NotMerged("its router is given a tensor that is not one line per token")
-    try:
-        return torch.cat(list(parts), dim=axis)
-    except RuntimeError as e:
-        raise _NotMerged(f"its router's tensors differ between rows: {e}") from None
 
 
 # ------------------------------------------------------------------------------------------ seats
@@ -242,8 +74,14 @@ class Fibers:
         its ``context`` tokens takes one, ``row_tokens`` of these whatever their number. A sliding
         window takes less in the end, but never more. ``kept``: so many rows that have left are
         kept for their beginnings, as long as nobody needs the room. Raises `Unbatchable`."""
+        if calls_from_torch(model):
+            raise Unbatchable(
+                "the compiled layers of this model cannot be left at their experts; "
+                "load it with frame='eager'"
+            )
         self.model, self.capacity = model, capacity
-        self._row_tokens, self._context = row_tokens, model.understudy.plan.context
+        self._row_tokens = row_tokens
+        self._context: int = model.understudy.plan.context
         self._most_kept = kept
         self._rows: dict[Row, _Seat] = {}
         self._left: list[_Kept] = []  # least recently used first
@@ -272,7 +110,8 @@ class Fibers:
             donor, found = self._longest_prefix(row.tokens)
             if found and self.reserve(row, found):
                 seat.donor, row.done = donor, found
-        return row.done
+                return found
+        return 0
 
     def reserve(self, row: Row, count: int) -> bool:
         seat = self._seat(row)
@@ -315,7 +154,8 @@ class Fibers:
         best: tuple[Any, int] = (None, 0)
         for row, seat in self._rows.items():
             if seat.cache is not None and not seat.lost:
-                best = max(best, (seat.cache, _common(row.tokens[: row.done], tokens)), key=_reach)
+                found = min(_common(row.tokens, tokens), row.done)
+                best = max(best, (seat.cache, found), key=_reach)
         for kept in self._left:
             best = max(best, (kept.cache, _common(kept.tokens, tokens)), key=_reach)
         self._left.sort(key=lambda kept: kept.cache is best[0])  # stable: just used, so last
@@ -325,7 +165,7 @@ class Fibers:
         """It stands for those that are beginnings of it."""
         self._left = [k for k in self._left if _common(k.tokens, new.tokens) < len(k.tokens)]
         self._left.append(new)
-        del self._left[: -self._most_kept]
+        del self._left[: max(0, len(self._left) - self._most_kept)]
         self._keep_within(self.capacity - self.used)
 
     def _keep_within(self, tokens: int) -> None:
@@ -348,7 +188,7 @@ class Fibers:
                     Fiber(i, Forward(step.step, step.phase), self._work(chunk, seat))
                     for i, (chunk, seat) in enumerate(zip(chunks, seats, strict=True))
                 ]
-                _Hub(self._seams, self.apart).run(fibers)
+                Hub(self._seams, self.apart).run(fibers)
         except BaseException:
             for seat in seats:
                 seat.cache, seat.donor, seat.lost = None, None, True
@@ -422,10 +262,7 @@ class Fibers:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Tokens that both begin with."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return next(compress(count(), map(ne, a, b)), min(len(a), len(b)))
 
 
 def _reach(found: tuple[Any, int]) -> int:
@@ -449,7 +286,7 @@ class _Rehearsal:
         name = type(fibers.model).__name__
         if not (isinstance(fibers.model, GenerationMixin) and fibers.model.can_generate()):
             raise Unbatchable(f"{name} does not answer token by token; it cannot be served")
-        with self._without_experts(), guest.quiet(), torch.inference_mode():
+        with guest.without_experts(fibers.model), guest.quiet(), torch.inference_mode():
             try:
                 whole, cache = self._last_logits(12)
                 stepwise, _ = self._last_logits(11, 1)
@@ -471,27 +308,11 @@ class _Rehearsal:
 
     def _last_logits(self, *chunks: int) -> tuple[torch.Tensor, Any]:
         done, cache, logits = 0, self._fibers._empty_cache(), torch.empty(0)
-        for count in chunks:
-            tokens = self.PROMPT[done : done + count]
+        for length in chunks:
+            tokens = self.PROMPT[done : done + length]
             logits, cache = self._fibers._advance(tokens, done, cache, 1)
-            done += count
+            done += length
         return logits, cache
-
-    @contextmanager
-    def _without_experts(self) -> Iterator[None]:
-        modules = guest.guests(self._fibers.model)
-        seams = [module.seam for module in modules]
-        for module in modules:
-            module.seam = _nothing
-        try:
-            yield
-        finally:
-            for module, seam in zip(modules, seams, strict=True):
-                module.seam = seam
-
-
-def _nothing(layer: int, hidden: torch.Tensor, ids: Any, weights: Any) -> torch.Tensor:
-    return torch.zeros_like(hidden)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from understudy.batch import Grammar, Matcher
+from understudy.batch import Grammar
 from understudy.core import UnderstudyError
 
 KEPT = 64  # compiled grammars that are remembered
 MOST_CHOICES = 10_000  # at one place: an object of 2,500 optional properties, for example
 
-# Between the tokens of JSON: nothing, a space, or a new line with its indentation. Bounded, because
-# a weak model that may write white space writes it for ever.
-JSON_SPACE = r"( |\n[ \t]{0,32})?"
+# Between the tokens of JSON. A weak model that may write white space writes it for ever, and a
+# strong one can do without.
+JSON_SPACE = r"[ ]?"
 
 
 class GrammarError(UnderstudyError):

@@ -73,7 +73,7 @@ class Sampler:
         best = int(scores.argmax())
         if scores[best] == -torch.inf:
             raise NoToken(
-                f"token {len(answer) + 1} of the answer: nothing is allowed to follow; the grammar, "
+                f"token {len(answer) + 1} of the answer: nothing may follow; the grammar, "
                 "logit_bias, min_tokens and ignore_eos contradict each other"
             )
         return best if self._draw is None else self._draw(scores)
@@ -149,7 +149,7 @@ class _Bias:
         outside = [t for t in sampling.logit_bias if not 0 <= t < vocab_size]
         if outside:
             raise UnderstudyError(
-                f"logit_bias: there is no token {outside[0]}; the vocabulary ends at {vocab_size - 1}"
+                f"logit_bias: there is no token {outside[0]}; they end at {vocab_size - 1}"
             )
         self._ids = torch.tensor(list(sampling.logit_bias))
         self._values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)

@@ -34,7 +34,7 @@ class Detokenizer:
         self, tokenizer: Any, before: Sequence[int] = (), skip_special_tokens: bool = True
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skipped = special_ids(tokenizer) if skip_special_tokens else frozenset()
         self._context = self._end_of(before)
         self._shown = self._decode(self._context)  # of context and pending tokens, so far
         self._pending: list[int] = []
@@ -72,7 +72,7 @@ class Detokenizer:
         return self._decode(self._pending)
 
     def _end_of(self, before: Sequence[int]) -> list[int]:
-        """What the first tokens are read after. Decoding costs by the token, and a prompt is long."""
+        """What the first tokens are read after: not all of a long prompt."""
         seen = [t for t in before[-LONGEST * CONTEXT :] if self._is_seen(t)]
         ends = (seen[-length:] for length in range(CONTEXT, 0, -1))
         return next((end for end in ends if HALF not in self._decode(end)), [])
@@ -186,6 +186,13 @@ class Answer:
 # --------------------------------------------------------------------------------- about one token
 
 
+@lru_cache(maxsize=8)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that are no text: ends of turns and their like."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids) | {t for t, what in added.items() if what.special}
+
+
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """What a token spells in the middle of a text, perhaps a part of a character: the ``bytes`` of
     OpenAI's logprobs. ``.decode(errors="replace")`` of it is their ``token``."""
@@ -227,12 +234,6 @@ def _in_the_middle(tokenizer: Any, token: int) -> str:
     start = tokenizer.decode(first, clean_up_tokenization_spaces=False)
     both = tokenizer.decode([*first, token], clean_up_tokenization_spaces=False)
     return str(both[len(start) :])
-
-
-@lru_cache(maxsize=8)
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    added = tokenizer.added_tokens_decoder
-    return frozenset(tokenizer.all_special_ids) | {t for t, what in added.items() if what.special}
 
 
 @lru_cache(maxsize=8)

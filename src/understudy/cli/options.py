@@ -31,7 +31,16 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A checkpoint folder or a Hugging Face id.")
 ]
 MaxContext = Annotated[
-    int | None, option("--max-context", help="Tokens of prompt and answer.", metavar="N", min=1)
+    int | None,
+    option(
+        "--max-context",
+        "--max-model-len",
+        "--ctx-size",
+        "-c",
+        help="Tokens of prompt and answer.",
+        metavar="N",
+        min=1,
+    ),
 ]
 Json = Annotated[bool, option("--json", help="Print the result as one line of JSON.")]
 
@@ -64,7 +73,14 @@ class EngineOptions:
         int, option("--io-threads", help="Reading threads.", metavar="N", min=1)
     ] = 4
     prefill_chunk_size: Annotated[
-        int, option("--prefill-chunk-size", help="Prompt tokens per forward.", metavar="N", min=1)
+        int,
+        option(
+            "--prefill-chunk-size",
+            "--max-num-batched-tokens",
+            help="Prompt tokens per forward.",
+            metavar="N",
+            min=1,
+        ),
     ] = 512
     dtype: Annotated[
         str,

@@ -81,6 +81,7 @@ class Runtime:
         self.lookahead = lookahead
         self.recording: list[LayerEvent] | None = None
         self.watch: Callable[[Seen], None] | None = None
+        self.tap: Callable[[LayerEvent], None] | None = None  # told of events, with the lock held
         self.wants_scores = director.route.wants_scores
         self._lock = lock
         self.section = threading.Lock()  # one event at a time
@@ -201,6 +202,8 @@ class Runtime:
         with self._lock:
             self.transfer.tend()
             plan = self.director.decide(event)
+            if self.tap is not None:
+                self.tap(plan.event)
             errand, foretell = None, self.director.route.wants_foretold
             if foretell or not self.director.ample or len(plan.hits) < len(plan.order):
                 errand = _Errand(self.director, self.transfer, plan)

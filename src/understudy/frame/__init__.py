@@ -159,6 +159,13 @@ def compile_frame(
         return Frame(0, (str(e),))
 
 
+def calls_from_torch(model: nn.Module) -> bool:
+    """Whether some layer runs through inductor's Python, where the experts are called from inside
+    torch. A fiber that is left there ends the process."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return any(isinstance(f, CompiledLayer) and f.code.program is None for f in forwards)
+
+
 class _Head:
     """The output embeddings, for one token: the largest dense matrix of most models."""
 

@@ -12,6 +12,7 @@ method is called with the book's lock held. The engine and the simulator drive t
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from understudy.core import Counters, ExpertId, Guess, LayerEvent, LayerPlan, Load
@@ -38,7 +39,8 @@ class _Names(dict[int, ExpertId]):
 
 
 class Director:
-    """See the head of this file. ``counters`` are filled as plans are made and carried out."""
+    """See the head of this file. ``counters`` are filled as plans are made and carried out;
+    ``by_layer`` has the events and lookups of each layer."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Director:
         self.resolver, self.route, self.switch = resolver, route, switch
         self.nbytes, self.ample = nbytes, ample
         self.counters = Counters()
+        self.by_layer: defaultdict[int, Counters] = defaultdict(Counters)
         self._wanted: set[ExpertId] = set()  # predicted, and their layer has not come yet
         self._followers: dict[ExpertId, None] = {}  # computed in place, newest last; see `foresee`
         self._names: dict[int, _Names] = {}
@@ -69,7 +72,7 @@ class Director:
         event = self.route.transform(event, self.book)
         needed = self._named(event)
         hits, late, missing = self._look_up(needed)
-        self._count(hits, late, missing)
+        self._count(event.layer, hits, late, missing)
         if not self.ample:
             self.evictor.touch(event, needed)
         if self._wanted:
@@ -164,15 +167,17 @@ class Director:
 
     def _count(
         self,
+        layer: int,
         hits: Sequence[ExpertId],
         late: Sequence[ExpertId],
         missing: Sequence[ExpertId],
     ) -> None:
         c = self.counters
-        c.events += 1
-        c.hits += len(hits)
-        c.late += len(late)
-        c.misses += len(missing)
+        for count in (c, self.by_layer[layer]):
+            count.events += 1
+            count.hits += len(hits)
+            count.late += len(late)
+            count.misses += len(missing)
         if c.prefetch_issued == 0:
             return
         for expert in (*hits, *late):

@@ -221,6 +221,22 @@ def test_padding_asks_for_no_expert(
     assert {tuple(e.requests) for e in events} == {(0,) + (1,) * 12}
 
 
+def test_who_taps_hears_of_every_event(
+    tiny: Callable[..., Path], tokens: Callable[..., Any]
+) -> None:
+    heard: list[Any] = []
+    with opened(tiny("mixtral"), slots=6) as model:
+        runtime = model.understudy.runtime
+        model.understudy.start_recording()
+        runtime.tap = heard.append
+        everywhere(model, tokens(1, 12, seed=3))
+        runtime.tap = None
+        everywhere(model, tokens(1, 12, seed=3))
+        events = model.understudy.stop_recording()
+    assert len(heard) == len(events) / 2
+    assert all(one is other for one, other in zip(heard, events, strict=False))
+
+
 def test_the_padded_row_is_the_lonely_row(
     tiny: Callable[..., Path], tokens: Callable[..., Any]
 ) -> None:

@@ -160,6 +160,9 @@ def test_counters_add_up() -> None:
     assert c.demand_bytes == c.misses * SIZE == c.bytes_read
     assert c.evictions == c.misses - 5
     assert (c.prefetch_issued, c.prefetch_bytes, c.wasted_bytes) == (0, 0, 0)
+    for name in ("events", "hits", "late", "misses"):
+        assert sum(getattr(row, name) for row in d.by_layer.values()) == getattr(c, name)
+    assert d.by_layer[2].events == sum(e.layer == 2 for e in trace)
 
 
 # ---------------------------------------------------------------------------------------- resolving
