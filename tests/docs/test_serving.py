@@ -6,16 +6,13 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
-from serve.conftest import Running
 
+from bench.served import Served
 from docs import pages
-from understudy.batch.opening import start
 from understudy.serve.protocol import ChatRequest, CompletionRequest
 
 PAGE = pages.ROOT / "docs" / "serving.md"
@@ -27,13 +24,9 @@ ADDRESS = "http://127.0.0.1:8000"
 def url() -> Iterator[str]:
     if not FINE.is_dir():
         pytest.skip("models/fine is not here")
-    batch = start(FINE, memory="60MiB", max_num_seqs=4, threads=1)
-    server = Running(lambda say: batch, names=("fine",), model=str(FINE))
-    server.wait_until_ready()
-    yield server.url
-    server.stop()
-    batch.close()
-    batch.engine.close()
+    with Served(FINE, "--memory", "60MiB", "--max-num-seqs", "4") as server:
+        server.wait_until_ready()
+        yield server.url
 
 
 def test_the_python_of_the_page_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ def routes(find: Callable[[], Live]) -> APIRouter:
         """Lookups and residents of each layer; the sum over layers is what `/metrics` says."""
         return JSONResponse({"layers": find().layers()})
 
-    @router.get("/live", response_class=_Pictures)
+    @router.get("/live", status_code=200, response_class=_Pictures)
     async def live() -> Response:
         """Server-sent events: a picture of the engine four times a second."""
         return _Pictures(find())
