@@ -13,7 +13,6 @@ from typing import Any
 
 from understudy.batch.grammar import json_rule
 
-
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 may put it before a call
 
 

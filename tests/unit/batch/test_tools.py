@@ -163,9 +163,11 @@ def test_pieces_do_not_matter(case: tuple[str, str, str, Calls], cuts: list[int]
     assert heard(form, pieces) == (content, calls)
 
 
-SCRAPS = ["<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "[", "]", "{", "}", ",", ";", " ",
-          "\n", "x", '"', "\\\\", '{"name": "ping", ', '"arguments": ', '"parameters": ', '{"a": "}"}',
-          '"name": "ping"', "<|python_tag|>", '{"name":"Bob"']  # fmt: skip
+SCRAPS = [
+    *("<tool_call>", "</tool_call>", "<tool", "[TOOL_CALLS]", "<|python_tag|>"),
+    *('{"name": "ping", ', '"arguments": ', '"parameters": ', '{"a": "}"}', '{"name":"Bob"'),
+    *("[", "]", "{", "}", ",", ";", " ", "\n", "x", '"', "\\", '"name": "ping"'),
+]
 
 
 @pytest.mark.parametrize("form", FORMS)
