@@ -50,6 +50,10 @@ ToolParser = Annotated[
         metavar="NAME",
     ),
 ]
+Traces = Annotated[
+    str | None,
+    option("--otlp-traces-endpoint", help="Where OpenTelemetry's spans go.", metavar="URL"),
+]
 Origins = Annotated[
     list[str] | None,
     option(
@@ -96,6 +100,7 @@ def serve(
     batching: Batching = "auto",
     chat_template: Template = None,
     tool_call_parser: ToolParser = "auto",
+    otlp_traces_endpoint: Traces = None,
     allowed_origins: Origins = None,
     drain_timeout: DrainTimeout = 30.0,
     request_timeout: RequestTimeout = None,
@@ -117,6 +122,7 @@ def serve(
         api_key=checked_key(api_key),
         allowed_origins=tuple(allowed_origins or ()),
         chat_template=template_in(chat_template),
+        otlp_traces_endpoint=otlp_traces_endpoint,
         tool_call_parser=tool_call_parser,
         max_body_size=parse_memory(max_body_size, 0, free=lambda: 0),
         write_timeout=write_timeout,

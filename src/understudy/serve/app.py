@@ -16,6 +16,7 @@ from understudy.serve import errors, gate
 from understudy.serve.routes import router
 from understudy.serve.served import Stage
 from understudy.serve.settings import Settings
+from understudy.serve.tracing import Tracer
 
 
 def create_app(
@@ -24,6 +25,7 @@ def create_app(
     *,
     routers: Iterable[APIRouter] = (),
     open_paths: Iterable[str] = (),
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """``routers``: more of them, such as the page's. ``open_paths``: those of their addresses that
     need no API key."""
@@ -36,20 +38,24 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.stage, app.state.settings = stage, settings
+    app.state.tracer = tracer or Tracer()
     errors.install(app)
     app.include_router(router)
     for more in routers:
         app.include_router(more)
-    _stand_before(app, settings, frozenset(open_paths))
+    _stand_before(app, stage, settings, frozenset(open_paths))
     return app
 
 
-def _stand_before(app: FastAPI, settings: Settings, open_paths: frozenset[str]) -> None:
+def _stand_before(
+    app: FastAPI, stage: Stage, settings: Settings, open_paths: frozenset[str]
+) -> None:
     """The last one added meets a request first: even a refused one has a name, and tells a browser
     what it may read."""
     if settings.api_key is not None:
         app.add_middleware(gate.ApiKey, key=settings.api_key, open_paths=gate.OPEN | open_paths)
     app.add_middleware(gate.RequestIds)
+    app.add_middleware(gate.Counted, stage=stage)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -30,7 +30,7 @@ class Form:
         self.asks = asks
         self.answers = [Collected() for _ in asks]
         self._spelling = served.spelling
-        self._n = body.n or 1
+        self.n = body.n or 1
         self._experts = experts
         options = body.stream_options
         self._usage_wanted = options is not None and bool(options.include_usage)
@@ -56,7 +56,7 @@ class Form:
     def closing(self) -> Iterator[BaseModel]:
         """What a stream says when all answers have ended."""
         if self._usage_wanted:
-            yield self.chunk([], usage=usage_of(self._reports, self._n), **self._told())
+            yield self.chunk([], usage=usage_of(self._reports, self.n), **self._told())
 
     def choices(self, number: int, delta: Delta, begun: bool) -> Iterable[BaseModel]:
         """The pieces themselves. ``begun``: not the answer's first."""
@@ -72,7 +72,7 @@ class Form:
 
     def tail(self) -> dict[str, Any]:
         """What `whole` has after its choices."""
-        return {"usage": usage_of(self._reports, self._n), **self._told()}
+        return {"usage": usage_of(self._reports, self.n), **self._told()}
 
     @property
     def _reports(self) -> list[Report]:

@@ -1,7 +1,7 @@
-"""What stands before every route: the API key, and a name for every request.
+"""What stands before every route: the API key, a name for every request, the count of responses.
 
 Knows: headers. Does not know: routes, except which of them are open to everybody.
-Both are plain ASGI: they neither buffer a stream nor hide a disconnect.
+All are plain ASGI: they neither buffer a stream nor hide a disconnect.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from understudy.serve.errors import Problem
+from understudy.serve.served import Stage
 
 REQUEST_ID = "x-request-id"
 _SANE = re.compile(r"[\x21-\x7e]{1,128}")
@@ -42,6 +43,26 @@ class RequestIds:
             await send(message)
 
         return await self._app(scope, receive, send_named)
+
+
+class Counted:
+    """Tells the metrics of every response, by its route and status."""
+
+    def __init__(self, app: ASGIApp, stage: Stage) -> None:
+        self._app, self._stage = app, stage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._stage.metrics is not None:
+                # What nobody serves has no route, and what a client invents is no label.
+                handler = getattr(scope.get("route"), "path", "none")
+                self._stage.metrics.on_response(handler, message["status"])
+            await send(message)
+
+        return await self._app(scope, receive, send_counted)
 
 
 class ApiKey:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -25,23 +25,14 @@ from starlette.types import Receive, Scope, Send
 
 from understudy.batch import Ask, Busy, Report, Snapshot, StepReport
 from understudy.core import Counters
-from understudy.engine import Engine
 from understudy.model import experts_per_token
 from understudy.serve.cache_view import RESIDENT, CacheView
+from understudy.serve.served import Batch
 
 PERIOD = 0.25  # seconds between pictures
 MOST_WATCHERS = 16
 HOTTEST = 63  # six bits of a cell; the other two are its state
 LEVELS_PER_DOUBLING = 5  # of the uses; 63 are some 6,000 uses
-
-
-class Batch(Protocol):
-    """What is watched: `batch.engine.BatchEngine`."""
-
-    engine: Engine
-    context: int
-
-    def snapshot(self) -> Snapshot: ...
 
 
 class Live:

@@ -27,8 +27,10 @@ from fastapi import FastAPI
 from understudy.core import UnderstudyError
 from understudy.serve.app import create_app
 from understudy.serve.connections import bounded
-from understudy.serve.served import Batch, Served, Stage
+from understudy.serve.outside import Outside
+from understudy.serve.served import Batch, Metrics, Served, Stage
 from understudy.serve.settings import Settings
+from understudy.serve.tracing import tracing
 
 log = logging.getLogger("understudy.serve")
 
@@ -68,8 +70,15 @@ class Server(uvicorn.Server):
     """uvicorn with a beginning before the model and an end after the last answer."""
 
     def __init__(
-        self, settings: Settings, start: Start, say: Say, stage: Stage, app: FastAPI
+        self,
+        settings: Settings,
+        start: Start,
+        say: Say,
+        stage: Stage,
+        app: FastAPI,
+        observe: Callable[[Batch], Metrics | None] = lambda batch: None,
     ) -> None:
+        """``observe``: called once with what `start` has loaded."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -84,7 +93,7 @@ class Server(uvicorn.Server):
             )
         )
         self._settings, self._start, self._say = settings, start, say
-        self._stage, self._app = stage, app
+        self._stage, self._app, self._observe = stage, app, observe
         self._signals = 0
         self._port = settings.port
         self._loop: asyncio.AbstractEventLoop
@@ -104,17 +113,18 @@ class Server(uvicorn.Server):
         try:
             batch = self._start(self._say)
             served = Served.of(batch, self._settings)
+            metrics = self._observe(batch)
         except BaseException as error:
             self._on_loop(self._give_up, error)
         else:
-            self._on_loop(self._open, served)
+            self._on_loop(self._open, served, metrics)
 
     def _on_loop(self, what: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the server has left meanwhile
             self._loop.call_soon_threadsafe(what, *arguments)
 
-    def _open(self, served: Served) -> None:
-        self._stage.open(served)
+    def _open(self, served: Served, metrics: Metrics | None) -> None:
+        self._stage.open(served, metrics)
         self._say(ready(self._settings, served, self._port))
 
     def _give_up(self, error: BaseException) -> None:
@@ -166,9 +176,14 @@ def serve(settings: Settings, start: Start, say: Say, listener: socket.socket) -
     """Serve until a signal comes. False: it had to leave before everything was in order, and
     threads may still be at work. Raises what loading raised."""
     stage = Stage()
-    app = create_app(stage, settings)
-    server = Server(settings, start, say, stage, app)
+    tracer = tracing(settings.otlp_traces_endpoint, settings.names[0])
+    outside = Outside(settings.names[0], stage.require)
+    app = create_app(
+        stage, settings, routers=outside.routers, open_paths=outside.open_paths, tracer=tracer
+    )
+    server = Server(settings, start, say, stage, app, outside.open)
     asyncio.run(server.serve(sockets=[listener]))
+    tracer.close()
     if server.failure is not None:
         raise server.failure
     return not server.force_exit and (stage.opened is None or _closed(stage.opened.batch))

@@ -36,6 +36,7 @@ class Settings:
     port: int = 8000
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    otlp_traces_endpoint: str | None = None
     chat_template: str | None = None  # in place of the model's own
     tool_call_parser: str = "auto"
     max_body_size: int = 8 * MIB

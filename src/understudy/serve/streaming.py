@@ -18,20 +18,27 @@ from understudy.serve.errors import Problem, problem_of
 from understudy.serve.forms import Form
 from understudy.serve.intake import client_gone
 from understudy.serve.served import Served
+from understudy.serve.tracing import Operation, Tracer
 
 PING = b": ping\n\n"  # a comment: clients skip it, proxies see that somebody is still there
 
 
 async def answer(
-    request: Request, served: Served, prepare: Callable[[], Form], stream: bool
+    request: Request,
+    served: Served,
+    prepare: Callable[[], Form],
+    operation: Operation,
+    *,
+    stream: bool,
 ) -> Response:
     """The response to a request. ``prepare`` makes the asks of it: in a thread, because tokenising
     and grammars take their time, and other requests should not wait for them."""
-    answers = Answers(served)
+    tracer: Tracer = request.app.state.tracer
+    answers = Answers(served, tracer.begin(operation, request.headers))
 
     def begin() -> Form:
         form = prepare()
-        answers.submit(form.asks)
+        answers.submit(form.asks, form.n)
         return form
 
     handed_over = False
@@ -43,6 +50,9 @@ async def answer(
         return await unless_gone(request, _together(answers, form))
     except ClientGone:
         return client_gone()
+    except Exception as error:
+        answers.trace.failed(_kind(error))
+        raise
     finally:
         if not handed_over:
             answers.close()
@@ -84,8 +94,15 @@ async def _events(answers: Answers, form: Form) -> AsyncIterator[bytes]:
         for piece in form.closing():
             yield _event(piece.model_dump_json())
     except Exception as error:  # the status is sent already; the stream itself must say it
+        answers.trace.failed(_kind(error))
         yield _event(_envelope(problem_of(error)))
     yield _event("[DONE]")
+
+
+def _kind(error: Exception) -> str:
+    """What a trace is told of it: never its text, which may quote the request."""
+    code = error.body.code if isinstance(error, Problem) else None
+    return code or type(error).__name__
 
 
 def _event(data: str) -> bytes:
