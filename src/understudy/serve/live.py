@@ -27,6 +27,7 @@ from understudy.batch import Ask, Busy, Report, Snapshot, StepReport
 from understudy.core import Counters
 from understudy.model import experts_per_token
 from understudy.serve.cache_view import RESIDENT, CacheView
+from understudy.serve.routes import errors
 from understudy.serve.served import Batch
 
 PERIOD = 0.25  # seconds between pictures
@@ -136,23 +137,25 @@ class Live:
 
 
 def routes(find: Callable[[], Live]) -> APIRouter:
-    """``/understudy/model``, ``/understudy/layers``, ``/understudy/live``. ``find``: called for
-    each request; raises what a client is to be told while there is no model."""
+    """The addresses under ``/understudy``; ``live`` answers with server-sent events. ``find``: called
+    for each request; raises what a client is to be told while there is no model."""
     router = APIRouter(prefix="/understudy", tags=["understudy"])
 
-    @router.get("/model")
+    told = errors(401, 503)
+
+    @router.get("/model", responses=told)
     async def model() -> JSONResponse:
         """The model, its budget and its policies."""
         return JSONResponse(find().facts())
 
-    @router.get("/layers")
+    @router.get("/layers", responses=told)
     async def layers() -> JSONResponse:
         """Lookups and residents of each layer; the sum over layers is what `/metrics` says."""
         return JSONResponse({"layers": find().layers()})
 
-    @router.get("/live", response_class=_Pictures)
+    # Not in the schema: whoever tries every address there would watch for ever.
+    @router.get("/live", include_in_schema=False)
     async def live() -> Response:
-        """Server-sent events: a picture of the engine four times a second."""
         return _Pictures(find())
 
     return router
@@ -216,6 +219,7 @@ class Camera:
             "prompt_tokens": tokens.prompts - earlier.prompts,
             "new_tokens": tokens.answers - earlier.answers,
             "speculating": self._cache.speculating,
+            "layers": self._cache.lookups(),
             **_since(counters - before),
             **self._cells(moment - then),
         }
