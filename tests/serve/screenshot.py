@@ -22,7 +22,6 @@ SEEN = (  # what models/fine has learned: see its card
     "largest 417 , 902 , 655 , 38 , 781",
     "sort u n d e r s t",
     "recall k from b 4 , k 7 , q 1 , s 9",
-    "The theatre was dark, and",
 )
 UNSEEN = (
     "Explain what a Python generator is.",

@@ -137,8 +137,8 @@ class Live:
 
 
 def routes(find: Callable[[], Live]) -> APIRouter:
-    """The addresses under ``/understudy``; ``live`` answers with server-sent events. ``find``: called
-    for each request; raises what a client is to be told while there is no model."""
+    """The addresses under ``/understudy``; ``live`` answers with server-sent events. ``find``:
+    called for each request; raises what a client is to be told while there is no model."""
     router = APIRouter(prefix="/understudy", tags=["understudy"])
 
     told = errors(401, 503)
