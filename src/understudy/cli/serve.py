@@ -50,10 +50,6 @@ ToolParser = Annotated[
         metavar="NAME",
     ),
 ]
-Traces = Annotated[
-    str | None,
-    option("--otlp-traces-endpoint", help="Where OpenTelemetry's spans go.", metavar="URL"),
-]
 Origins = Annotated[
     list[str] | None,
     option(
@@ -85,6 +81,16 @@ AccessLog = Annotated[
     option("--access-log/--disable-access-log", help="A line for every request."),
 ]
 
+Page = Annotated[bool, option("--page/--no-page", help="The page at /.")]
+Traces = Annotated[
+    str | None,
+    option(
+        "--otlp-traces-endpoint",
+        help="An OpenTelemetry collector: http://localhost:4318.",
+        metavar="URL",
+    ),
+]
+
 
 @takes_engine_options
 def serve(
@@ -100,13 +106,14 @@ def serve(
     batching: Batching = "auto",
     chat_template: Template = None,
     tool_call_parser: ToolParser = "auto",
-    otlp_traces_endpoint: Traces = None,
     allowed_origins: Origins = None,
     drain_timeout: DrainTimeout = 30.0,
     request_timeout: RequestTimeout = None,
     write_timeout: WriteTimeout = 30.0,
     max_body_size: BodySize = "8MiB",
     access_log: AccessLog = True,
+    page: Page = True,
+    otlp_traces_endpoint: Traces = None,
     options: EngineOptions,
 ) -> None:
     """Serve a model through OpenAI's API."""
@@ -122,13 +129,14 @@ def serve(
         api_key=checked_key(api_key),
         allowed_origins=tuple(allowed_origins or ()),
         chat_template=template_in(chat_template),
-        otlp_traces_endpoint=otlp_traces_endpoint,
         tool_call_parser=tool_call_parser,
         max_body_size=parse_memory(max_body_size, 0, free=lambda: 0),
         write_timeout=write_timeout,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
         access_log=access_log,
+        page=page,
+        traces_endpoint=otlp_traces_endpoint,
     )
     warn_of_strangers(settings)
     listener = run.listen(host, port)

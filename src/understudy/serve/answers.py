@@ -20,7 +20,6 @@ from fastapi import Request
 from understudy.batch import Ask, Delta, EngineDied
 from understudy.serve.errors import Problem, problem_of, unavailable
 from understudy.serve.served import Served
-from understudy.serve.tracing import Trace
 
 T = TypeVar("T")
 
@@ -28,8 +27,8 @@ T = TypeVar("T")
 class Answers:
     """Asks on their way. Close it, whatever happens."""
 
-    def __init__(self, served: Served, trace: Trace) -> None:
-        self._batch, self._settings, self.trace = served.batch, served.settings, trace
+    def __init__(self, served: Served) -> None:
+        self._batch, self._settings = served.batch, served.settings
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self._lock = threading.Lock()
@@ -45,12 +44,10 @@ class Answers:
             tickets, self._tickets = self._tickets, {}
         for ticket in tickets.values():
             self._batch.cancel(ticket)
-        self.trace.end()
 
-    def submit(self, asks: Sequence[Ask], n: int) -> None:
-        """All or nothing: raises the first refusal. ``n``: of them to each prompt. May run in a
-        thread, and may be left there by a client that goes away meanwhile."""
-        self.trace.asked(asks, n)
+    def submit(self, asks: Sequence[Ask]) -> None:
+        """All or nothing: raises the first refusal. May run in a thread, and may be left there by
+        a client that goes away meanwhile."""
         for number, ask in enumerate(asks):
             ticket = self._batch.submit(ask, partial(self._from_engine, number))
             with self._lock:
@@ -81,7 +78,6 @@ class Answers:
             arrived = await self._next()
             if arrived is not None:
                 number, delta = arrived
-                self.trace.told(number, delta)
                 require_success(delta)
                 if delta.last:
                     count -= 1

@@ -13,10 +13,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from understudy.serve import errors, gate
+from understudy.serve.routes import errors as errors_of
 from understudy.serve.routes import router
 from understudy.serve.served import Stage
 from understudy.serve.settings import Settings
-from understudy.serve.tracing import Tracer
 
 
 def create_app(
@@ -25,7 +25,6 @@ def create_app(
     *,
     routers: Iterable[APIRouter] = (),
     open_paths: Iterable[str] = (),
-    tracer: Tracer | None = None,
 ) -> FastAPI:
     """``routers``: more of them, such as the page's. ``open_paths``: those of their addresses that
     need no API key."""
@@ -38,11 +37,10 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.stage, app.state.settings = stage, settings
-    app.state.tracer = tracer or Tracer()
     errors.install(app)
     app.include_router(router)
     for more in routers:
-        app.include_router(more)
+        app.include_router(more, responses=errors_of(401, 429, 503))
     _stand_before(app, stage, settings, frozenset(open_paths))
     return app
 
@@ -54,8 +52,8 @@ def _stand_before(
     what it may read."""
     if settings.api_key is not None:
         app.add_middleware(gate.ApiKey, key=settings.api_key, open_paths=gate.OPEN | open_paths)
+    app.add_middleware(gate.Counted, count=stage.count)
     app.add_middleware(gate.RequestIds)
-    app.add_middleware(gate.Counted, stage=stage)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -30,6 +30,7 @@ class CompletionForm(Form):
     """The answers to one `CompletionRequest`."""
 
     prefix = "cmpl"
+    operation = "text_completion"
 
     def __init__(self, served: Served, body: CompletionRequest, experts: bool) -> None:
         n, prompts = body.n or 1, body.prompt
@@ -94,7 +95,7 @@ class CompletionForm(Form):
         return legacy_logprobs(self._spelling, tokens, logprobs, offsets)
 
     def _echoed(self, number: int) -> str:
-        return self._prompts[number // self.n] if self._echo else ""
+        return self._prompts[number // self._n] if self._echo else ""
 
     def _echoed_tokens(self, number: int) -> tuple[int, ...]:
         return self.asks[number].prompt if self._echo else ()

@@ -1,4 +1,4 @@
-"""What stands before every route: the API key, a name for every request, the count of responses.
+"""What stands before every route: the API key, a name and a tally mark for every request.
 
 Knows: headers. Does not know: routes, except which of them are open to everybody.
 All are plain ASGI: they neither buffer a stream nor hide a disconnect.
@@ -10,12 +10,12 @@ import hashlib
 import hmac
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from understudy.serve.errors import Problem
-from understudy.serve.served import Stage
 
 REQUEST_ID = "x-request-id"
 _SANE = re.compile(r"[\x21-\x7e]{1,128}")
@@ -46,20 +46,19 @@ class RequestIds:
 
 
 class Counted:
-    """Tells the metrics of every response, by its route and status."""
+    """Tells ``count`` of every response: the path of its route, never what a client wrote instead
+    (labels must not grow with what clients invent), and its status."""
 
-    def __init__(self, app: ASGIApp, stage: Stage) -> None:
-        self._app, self._stage = app, stage
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        self._app, self._count = app, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
         async def send_counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._stage.metrics is not None:
-                # What nobody serves has no route, and what a client invents is no label.
-                handler = getattr(scope.get("route"), "path", "none")
-                self._stage.metrics.on_response(handler, message["status"])
+            if message["type"] == "http.response.start":
+                self._count(getattr(scope.get("route"), "path", "none"), message["status"])
             await send(message)
 
         return await self._app(scope, receive, send_counted)

@@ -27,7 +27,6 @@ from understudy.batch import Ask, Busy, Report, Snapshot, StepReport
 from understudy.core import Counters
 from understudy.model import experts_per_token
 from understudy.serve.cache_view import RESIDENT, CacheView
-from understudy.serve.routes import errors
 from understudy.serve.served import Batch
 
 PERIOD = 0.25  # seconds between pictures
@@ -141,14 +140,12 @@ def routes(find: Callable[[], Live]) -> APIRouter:
     called for each request; raises what a client is to be told while there is no model."""
     router = APIRouter(prefix="/understudy", tags=["understudy"])
 
-    told = errors(401, 503)
-
-    @router.get("/model", responses=told)
+    @router.get("/model")
     async def model() -> JSONResponse:
         """The model, its budget and its policies."""
         return JSONResponse(find().facts())
 
-    @router.get("/layers", responses=told)
+    @router.get("/layers")
     async def layers() -> JSONResponse:
         """Lookups and residents of each layer; the sum over layers is what `/metrics` says."""
         return JSONResponse({"layers": find().layers()})

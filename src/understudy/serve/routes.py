@@ -76,7 +76,7 @@ async def chat_completions(
     """Continue a conversation."""
     wanted = bool(body.understudy) or experts == "1"
     return await answer(
-        request, model, lambda: ChatForm(model, body, wanted), "chat", stream=bool(body.stream)
+        request, model, lambda: ChatForm(model, body, wanted), stream=bool(body.stream)
     )
 
 
@@ -87,11 +87,7 @@ async def completions(
     """Continue texts."""
     wanted = bool(body.understudy) or experts == "1"
     return await answer(
-        request,
-        model,
-        lambda: CompletionForm(model, body, wanted),
-        "text_completion",
-        stream=bool(body.stream),
+        request, model, lambda: CompletionForm(model, body, wanted), stream=bool(body.stream)
     )
 
 

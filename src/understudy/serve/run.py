@@ -30,7 +30,8 @@ from understudy.serve.connections import bounded
 from understudy.serve.outside import Outside
 from understudy.serve.served import Batch, Metrics, Served, Stage
 from understudy.serve.settings import Settings
-from understudy.serve.tracing import tracing
+from understudy.serve.tracing import Tracing
+from understudy.serve.tracing import tracing as tracing_to
 
 log = logging.getLogger("understudy.serve")
 
@@ -77,8 +78,9 @@ class Server(uvicorn.Server):
         stage: Stage,
         app: FastAPI,
         observe: Callable[[Batch], Metrics | None] = lambda batch: None,
+        tracing: Tracing | None = None,
     ) -> None:
-        """``observe``: called once with what `start` has loaded."""
+        """``observe``: what looks at the engine from outside, as soon as it is there."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -93,7 +95,7 @@ class Server(uvicorn.Server):
             )
         )
         self._settings, self._start, self._say = settings, start, say
-        self._stage, self._app, self._observe = stage, app, observe
+        self._stage, self._observe, self._tracing = stage, observe, tracing
         self._signals = 0
         self._port = settings.port
         self._loop: asyncio.AbstractEventLoop
@@ -112,7 +114,7 @@ class Server(uvicorn.Server):
         """In its own thread: the loop answers that it is loading."""
         try:
             batch = self._start(self._say)
-            served = Served.of(batch, self._settings)
+            served = Served.of(batch, self._settings, self._tracing)
             metrics = self._observe(batch)
         except BaseException as error:
             self._on_loop(self._give_up, error)
@@ -176,14 +178,14 @@ def serve(settings: Settings, start: Start, say: Say, listener: socket.socket) -
     """Serve until a signal comes. False: it had to leave before everything was in order, and
     threads may still be at work. Raises what loading raised."""
     stage = Stage()
-    tracer = tracing(settings.otlp_traces_endpoint, settings.names[0])
     outside = Outside(settings.names[0], stage.require)
-    app = create_app(
-        stage, settings, routers=outside.routers, open_paths=outside.open_paths, tracer=tracer
-    )
-    server = Server(settings, start, say, stage, app, outside.open)
+    page = (outside.routers, outside.open_paths) if settings.page else ((), ())
+    tracing = tracing_to(settings.traces_endpoint, settings.names[0])
+    app = create_app(stage, settings, routers=page[0], open_paths=page[1])
+    server = Server(settings, start, say, stage, app, outside.open, tracing)
     asyncio.run(server.serve(sockets=[listener]))
-    tracer.close()
+    if tracing is not None:
+        tracing.close()
     if server.failure is not None:
         raise server.failure
     return not server.force_exit and (stage.opened is None or _closed(stage.opened.batch))

@@ -36,7 +36,6 @@ class Settings:
     port: int = 8000
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
-    otlp_traces_endpoint: str | None = None
     chat_template: str | None = None  # in place of the model's own
     tool_call_parser: str = "auto"
     max_body_size: int = 8 * MIB
@@ -48,6 +47,8 @@ class Settings:
     heartbeat: float = 5.0  # of a silent stream; also how often a silent engine is looked at
     backlog: int = 4096  # steps that a reader may lag behind
     access_log: bool = True
+    page: bool = True
+    traces_endpoint: str | None = None  # of an OpenTelemetry collector
 
 
 def name_of(model: str) -> str:

@@ -1,7 +1,7 @@
 """OpenTelemetry: one span per request, where somebody collects them.
 
-Knows: OpenTelemetry's API and SDK, its GenAI names, asks, deltas and reports. Does not know: HTTP
-beyond the headers of a request. Nothing of a prompt or an answer is put into a span.
+Knows: OpenTelemetry's API and SDK, its GenAI names, what a report says. Does not know: HTTP beyond
+the headers of a request. Nothing of a prompt or an answer is put into a span.
 
 The packages are optional (``understudy[otel]``) and imported only where tracing was asked for.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from understudy.batch import Ask, Delta, Report, Sampling
+from understudy.batch import Report, Sampling
 from understudy.core import UnderstudyError
 
 if TYPE_CHECKING:
@@ -25,39 +25,11 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 Operation = Literal["chat", "text_completion"]
 
 
-class Trace:
-    """One request under way. This one tells nobody."""
-
-    def asked(self, asks: Sequence[Ask], n: int) -> None:
-        """What it has become; ``n`` asks to each prompt."""
-
-    def told(self, number: int, delta: Delta) -> None:
-        """Something has come for ``asks[number]``."""
-
-    def failed(self, kind: str) -> None:
-        """It will not be answered, or not to the end."""
-
-    def end(self) -> None:
-        """It is over, however that came; repeatable."""
-
-
-class Tracer:
-    """Begins a trace for every request. This one tells nobody."""
-
-    def begin(self, operation: Operation, headers: Mapping[str, str]) -> Trace:
-        """A request has arrived. ``headers``: with the caller's ``traceparent``, if it has one;
-        names in lower case."""
-        return Trace()
-
-    def close(self) -> None:
-        """Send what is still here."""
-
-
-def tracing(endpoint: str | None, model_name: str) -> Tracer:
-    """Traces to ``endpoint`` (``--otlp-traces-endpoint``), else to where OpenTelemetry's own
-    variables say, else to nobody. Of ``http://host:4318`` alone its ``/v1/traces``."""
+def tracing(endpoint: str | None, model_name: str) -> Tracing | None:
+    """Tracing to ``endpoint`` (``--otlp-traces-endpoint``), else to where OpenTelemetry's own
+    variables say; ``None`` where neither is set. Of ``http://host:4318`` its ``/v1/traces``."""
     if endpoint is None and not any(os.environ.get(name) for name in ENDPOINTS):
-        return Tracer()
+        return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -66,7 +38,7 @@ def tracing(endpoint: str | None, model_name: str) -> Tracer:
             f"traces were asked for, and {error.name} is missing: pip install 'understudy[otel]'"
         ) from error
     exporter = OTLPSpanExporter(endpoint=None if endpoint is None else _whole(endpoint))
-    return SpanTracer(BatchSpanProcessor(exporter), model_name)
+    return Tracing(BatchSpanProcessor(exporter), model_name)
 
 
 def _whole(endpoint: str) -> str:
@@ -78,11 +50,8 @@ def _whole(endpoint: str) -> str:
     return endpoint if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/v1/traces"
 
 
-# ------------------------------------------------------------------------------------------- spans
-
-
-class SpanTracer(Tracer):
-    """Spans leave through ``processor``, on its own thread."""
+class Tracing:
+    """Begins a span for each request. Spans leave through ``processor``, on its own thread."""
 
     def __init__(self, processor: SpanProcessor, model_name: str) -> None:
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -96,66 +65,37 @@ class SpanTracer(Tracer):
         self._propagator = TraceContextTextMapPropagator()
         self._model = model_name
 
-    def begin(self, operation: Operation, headers: Mapping[str, str]) -> Trace:
+    def begin(
+        self,
+        operation: Operation,
+        headers: Mapping[str, str],
+        sampling: Sampling,
+        *,
+        max_tokens: int,
+        choices: int = 1,
+    ) -> RequestSpan:
+        """A request has arrived. ``headers``: with the caller's ``traceparent``, if it has one;
+        names in lower case. ``choices``: answers to each prompt."""
         from opentelemetry.trace import SpanKind
 
-        return SpanTrace(
-            self._tracer.start_span(
-                f"{operation} {self._model}",
-                context=self._propagator.extract(headers),
-                kind=SpanKind.SERVER,
-                attributes={
-                    "gen_ai.operation.name": operation,
-                    "gen_ai.provider.name": "understudy",
-                    "gen_ai.request.model": self._model,
-                    "gen_ai.response.model": self._model,
-                },
-            )
+        span = self._tracer.start_span(
+            f"{operation} {self._model}",
+            context=self._propagator.extract(headers),
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "understudy",
+                "gen_ai.request.model": self._model,
+                "gen_ai.request.max_tokens": max_tokens,
+                "gen_ai.request.choice.count": choices,
+                **_chosen(sampling),
+            },
         )
+        return RequestSpan(span, self._model, choices)
 
     def close(self) -> None:
+        """Send what is still here. Harmless when repeated."""
         self._provider.shutdown()
-
-
-class SpanTrace(Trace):
-    """A request as one span: what was asked, what came, what the experts did meanwhile."""
-
-    def __init__(self, span: Span) -> None:
-        self._span = span
-        self._n = 1
-        self._finishes: list[str] = []
-        self._reports: dict[int, Report] = {}
-
-    def asked(self, asks: Sequence[Ask], n: int) -> None:
-        self._n, self._finishes = n, ["abort"] * len(asks)  # until something else is known
-        self._span.set_attribute("gen_ai.request.choice.count", n)
-        self._span.set_attribute("gen_ai.request.max_tokens", asks[0].max_new_tokens)
-        self._span.set_attributes(_chosen(asks[0].sampling))
-
-    def told(self, number: int, delta: Delta) -> None:
-        if delta.error is not None:
-            self._finishes[number] = "error"
-        elif delta.finish is not None:
-            self._finishes[number] = delta.finish
-        if delta.report is not None:
-            self._reports[number] = delta.report
-
-    def failed(self, kind: str) -> None:
-        from opentelemetry.trace import StatusCode
-
-        self._span.set_attribute("error.type", kind)
-        self._span.set_status(StatusCode.ERROR)
-
-    def end(self) -> None:
-        if not self._span.is_recording():
-            return
-        self._span.set_attribute("gen_ai.response.finish_reasons", self._finishes)
-        reports = list(self._reports.values())
-        if reports:
-            self._span.set_attributes(
-                {**_usage(reports, self._n), **_times(reports), **_experts(reports)}
-            )
-        self._span.end()
 
 
 def _chosen(sampling: Sampling) -> dict[str, float]:
@@ -171,11 +111,39 @@ def _chosen(sampling: Sampling) -> dict[str, float]:
     return {f"gen_ai.request.{name}": value for name, value in asked.items() if value is not None}
 
 
-def _usage(reports: Sequence[Report], n: int) -> dict[str, int]:
+class RequestSpan:
+    """One request under way. `end` or `fail` it once."""
+
+    def __init__(self, span: Span, model_name: str, choices: int) -> None:
+        self._span, self._model, self._choices = span, model_name, choices
+
+    def end(self, reports: Sequence[Report], finishes: Sequence[str]) -> None:
+        """All answers are finished (or aborted)."""
+        self._span.set_attributes(
+            {
+                "gen_ai.response.model": self._model,
+                "gen_ai.response.finish_reasons": tuple(finishes),
+                **_usage(reports, self._choices),
+                **_times(reports),
+                **_experts(reports),
+            }
+        )
+        self._span.end()
+
+    def fail(self, error: BaseException) -> None:
+        """There is no answer. Only the error's kind is told: its text may quote the request."""
+        from opentelemetry.trace import StatusCode
+
+        self._span.set_attribute("error.type", type(error).__name__)
+        self._span.set_status(StatusCode.ERROR)
+        self._span.end()
+
+
+def _usage(reports: Sequence[Report], choices: int) -> dict[str, int]:
     return {
         # Each prompt is counted once, however many answers it got.
-        "gen_ai.usage.input_tokens": sum(r.prompt_tokens for r in reports) // n,
-        "gen_ai.usage.cache_read.input_tokens": sum(r.cached_tokens for r in reports) // n,
+        "gen_ai.usage.input_tokens": sum(r.prompt_tokens for r in reports) // choices,
+        "gen_ai.usage.cache_read.input_tokens": sum(r.cached_tokens for r in reports) // choices,
         "gen_ai.usage.output_tokens": sum(r.completion_tokens for r in reports),
     }
 
@@ -196,9 +164,11 @@ def _times(reports: Sequence[Report]) -> dict[str, float]:
     }
 
 
-def _experts(reports: Sequence[Report]) -> dict[str, float]:
+def _experts(reports: Sequence[Report]) -> dict[str, Any]:
     """Of the answer that took longest: several answers share most of their steps, so a sum would
     count those twice."""
+    if not reports:
+        return {}
     last = max(reports, key=lambda r: r.e2e_seconds)
     counted = last.counters
     return {
