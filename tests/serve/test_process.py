@@ -115,7 +115,7 @@ def test_structure_is_kept(process: Process) -> None:
         )
         assert 0 <= json.loads(made.choices[0].message.content)["n"] <= 99
         called = ai.chat.completions.create(
-            model="coarse", messages=user, seed=1, max_tokens=200, tools=[tool],
+            model="coarse", messages=user, temperature=0, max_tokens=200, tools=[tool],
             tool_choice="required",
         )  # fmt: skip
         choice = called.choices[0]
