@@ -116,7 +116,7 @@ def test_structure_is_kept(process: Process) -> None:
         assert 0 <= json.loads(made.choices[0].message.content)["n"] <= 99
         called = ai.chat.completions.create(
             model="coarse", messages=user, temperature=0, max_tokens=200, tools=[tool],
-            tool_choice="required",
+            tool_choice="required", parallel_tool_calls=False,
         )  # fmt: skip
         choice = called.choices[0]
         assert choice.finish_reason == "tool_calls"
