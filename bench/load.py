@@ -205,6 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slots", default="50%", help="experts that it holds (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print nothing but the last line")
+    parser.add_argument("--log", type=Path, help="keep what the server says there")
     parser.add_argument("--output", type=Path, help="write the JSON there, too")
     options = parser.parse_args()
     options.seconds = options.seconds or 60 * options.minutes
@@ -222,12 +223,14 @@ def main() -> int:
         cards.show(card)
         with Served(
             options.model, "--memory", options.memory, "--slots", options.slots,
-            "--dtype", "float32", "--disable-access-log",
+            "--dtype", "float32", "--disable-access-log", log=options.log,
         ) as server:  # fmt: skip
             show.say(f"ready after {server.wait_until_ready():.1f} s")
             outcome, memory, seconds = asyncio.run(run(server, options))
             server.terminate()
             found = row(outcome, memory, seconds, server.wait(), options)
+            if outcome.wrong:
+                show.say(server.said)
     except (UnderstudyError, Wrong) as error:
         show.say(f"error: {error}")
         return 2

@@ -33,7 +33,8 @@ def free_port() -> int:
 class Served:
     """One server. A context manager that kills what is still there.
 
-    ``program``: what Python runs, for tests that put something before the command.
+    ``program``: what Python runs, for tests that put something before the command. ``log``: where
+    what it says is kept.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Served:
         *options: str,
         port: int | None = None,
         program: Sequence[str] = COMMAND,
+        log: Path | None = None,
     ) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._log = log.open("w+b") if log else tempfile.TemporaryFile()  # noqa: SIM115 - see exit
         self._child = subprocess.Popen(
             [sys.executable, *program, str(model), "--port", str(self.port), *options],
             env=environment(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import greenlet
 import pytest
 import torch
+from pretend import Pretend
 
 from understudy import model as guest
+from understudy import on_device
 from understudy.batch import Chunk, Row, parking
 from understudy.batch import fibers as under_test
 from understudy.batch.fibers import Fibers, LostRow, Unbatchable
@@ -177,6 +180,20 @@ def test_compiled_layers_run_as_fibers_too() -> None:
     assert (answers[0] - answers[1]).abs().max() <= 1e-4 * answers[0].abs().max()
 
 
+def test_rows_on_a_device_with_a_recorded_step(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(on_device.OPENERS, "pretend", lambda asked: Pretend(memory=2 << 30))
+    device = {"device": "pretend", "kernel": "torch", "max_context": 64, "slots": 6}
+    with load(tiny("qwen3_moe"), "1GiB", **device) as model:
+        assert model.understudy.policies["frame"] == "recorded"
+        seats = Fibers(model, capacity=1000)
+        rows = [enter(seats, p) for p in PROMPTS]
+        for row, logits in zip(rows, answer(seats, rows, 3), strict=True):
+            assert close(logits[-1], alone(model, row.tokens[:-1])[-1])
+        integrity(model)
+
+
 def test_layers_that_torch_calls_are_refused(model: Any) -> None:
     layer = object.__new__(CompiledLayer)
     layer.code = SimpleNamespace(program=None)  # type: ignore[assignment]
@@ -265,7 +282,7 @@ def test_what_routers_cannot_be_told_together_is_left_out_and_said(
     answer(seats, rows, 2)
     events = model.understudy.stop_recording()
     hook.remove()
-    assert seats.apart == {1: "its router is given a object of each row"}
+    assert seats.apart == {1: "its router is given something of each row's own: object"}
     assert all(not event.lookahead for event in events if event.layer == 1)
     assert rows[0].tokens[9] == int(alone(model, PROMPTS[0])[-1].argmax())
 
@@ -427,6 +444,30 @@ def test_a_row_that_breaks_ends_its_step_and_nothing_else(
     answer(seats, [*others, spectator], 2)
     for row in (*others, spectator):
         assert row.tokens[-1] == int(alone(model, row.tokens[:-1])[-1].argmax())
+
+
+@pytest.mark.parametrize("where", [1, 4, 9])
+def test_ctrl_c_in_the_middle_of_a_step_leaves_nothing_held(
+    model: Any, seats: Fibers, where: int
+) -> None:
+    """In a row's router, or in the event of all."""
+    calls = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == where:
+            signal.raise_signal(signal.SIGINT)
+
+    director = model.understudy.runtime.director
+    decide = director.decide
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_pre_hook(interrupt)
+    director.decide = lambda event: interrupt() or decide(event)
+    rows = [enter(seats, p) for p in PROMPTS[:3]]
+    with pytest.raises(KeyboardInterrupt):
+        answer(seats, rows, 3)
+    integrity(model)
+    assert all(row.state.lost for row in rows) and current_forward.get() is None
 
 
 def test_a_read_that_fails_fails_the_step(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: Collection[int] = ()) -> None:
         self._about = tokenizer, vocab_size, eos_ids
+        self._made: Vocabulary | None = None
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
@@ -73,22 +73,26 @@ class Grammars:
         token = self._vocabulary.special(text)
         return json.dumps(text, ensure_ascii=False) if token is None else f"<[{token}]>"
 
-    @cached_property
+    @property
     def _vocabulary(self) -> Vocabulary:
         """Made when first asked for: it takes a second, and not every tokenizer can do it."""
-        return Vocabulary(*self._about)
+        with self._lock:
+            if self._made is None:
+                self._made = Vocabulary(*self._about)
+            return self._made
 
     def _grammar(self, source: str) -> _Compiled:
+        vocabulary = self._vocabulary
         with self._lock:
             if source in self._compiled:
                 self._compiled.move_to_end(source)
-                return _Compiled(self._vocabulary, self._compiled[source])
-        first = self._vocabulary.compile(source)
+                return _Compiled(vocabulary, self._compiled[source])
+        first = vocabulary.compile(source)
         with self._lock:
             self._compiled[source] = first
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return _Compiled(self._vocabulary, first)
+        return _Compiled(vocabulary, first)
 
 
 def json_rule(schema: Mapping[str, Any] | bool, strict: bool) -> str:
@@ -290,7 +294,7 @@ class _Watching:
             place, trigger = min(found)
             self._follow(trigger, self._read[place + len(trigger) :])
         longest = max(map(len, self._grammar.bodies))
-        self._read = self._read[len(self._read) - longest + 1 :] if longest > 1 else b""
+        self._read = self._read[max(0, len(self._read) - longest + 1) :]
 
     def _look_at_start(self) -> None:
         begun = self._read.lstrip()

@@ -171,7 +171,7 @@ def merged(parts: Sequence[Any], counts: Sequence[int]) -> Any:
         return {key: merged([part[key] for part in parts], counts) for key in first}
     if all(part == first for part in parts):
         return first
-    raise NotMerged(f"its router is given a {type(first).__name__} of each row")
+    raise NotMerged(f"its router is given something of each row's own: {type(first).__name__}")
 
 
 def _merged_tensors(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:

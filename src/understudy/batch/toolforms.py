@@ -13,6 +13,8 @@ from typing import Any
 
 from understudy.batch.grammar import json_rule
 
+PYTHON_TAG = "<|python_tag|>"  # Llama 3 may put it before a call
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -92,43 +94,46 @@ class Rules:
 
     def whole(self) -> str:
         """An answer that is calls and nothing else."""
-        one = f"{self._fixed(self._form.open)} WS? {self._body()}"
+        one = f"{self._fixed(self._form.open)} {self._body()}"
         again = self._parallel and not self._form.separator
-        return self._grammar(f"{one} (WS? {one})*" if again else one)
+        return self._grammar(f"{one} (GAP? {one})*" if again else one)
 
     def after_triggers(self) -> dict[str, str]:
         """What makes a text a call -> how it goes on from there."""
         if self._form.open:
-            return {self._form.open: self._grammar(f"WS? {self._body()}")}
+            return {self._form.open: self._grammar(self._body())}
         return {
-            f'{{"name":{space}{json.dumps(function["name"])}': self._grammar(
+            f'{tag}{{"name":{space}{_quoted(function["name"])}': self._grammar(
                 f"{self._end_of_call(function)} {self._more()}"
             )
             for function in self._functions
+            for tag in ("", PYTHON_TAG)
             for space in ("", " ")
         }
 
     def _body(self) -> str:
         first, last = self._fixed(self._form.first), self._fixed(self._form.last)
-        return f"{first} WS? call {self._more()} {f'WS? {last}' if last else ''}"
+        before = "GAP?" if self._form.open else ""
+        return f"{before} {first} call {self._more()} {f'GAP? {last}' if last else ''}"
 
     def _more(self) -> str:
         separator = self._form.separator
-        return f"(WS? {_quoted(separator)} WS? call)*" if separator and self._parallel else ""
+        return f"({_quoted(separator)} GAP? call)*" if separator and self._parallel else ""
 
     def _grammar(self, start: str) -> str:
+        key = _quoted(_quoted("name"))
         calls = " | ".join(
-            f'"{{" WS? {_quoted(_quoted("name"))} WS? ":" WS? {_quoted(_quoted(f["name"]))} '
+            f'"{{" SPACE? {key} SPACE? ":" SPACE? {_quoted(_quoted(f["name"]))} '
             f"{self._end_of_call(f)}"
             for f in self._functions
         )
-        return f"start: {start}\ncall: {calls}\nWS: /[ \\n]/\n"
+        return f"start: {start}\ncall: {calls}\nGAP: /[ \\n]/\nSPACE: / /\n"
 
     def _end_of_call(self, function: Mapping[str, Any]) -> str:
         """From the end of its name on."""
         key = _quoted(_quoted(self._form.arguments))
         value = json_rule(_schema(function), strict=bool(function.get("strict")))
-        return f'WS? "," WS? {key} WS? ":" WS? {value} WS? "}}"'
+        return f'SPACE? "," SPACE? {key} SPACE? ":" SPACE? {value} SPACE? "}}"'
 
     def _fixed(self, text: str) -> str:
         return self._marker(text) if text else ""

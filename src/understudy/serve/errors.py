@@ -132,7 +132,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return failed("the server failed; its log says why").response()
+        return problem_of(error).response()
 
 
 def _spoken(request: Request, error: StarletteHTTPException) -> Problem:
