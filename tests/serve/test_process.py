@@ -99,6 +99,25 @@ def test_the_logprobs_of_a_prompt_are_those_of_transformers(
     assert len(told["tokens"]) == len(ids) + 1
 
 
+def test_lm_eval_reads_the_same_numbers_over_http(process: Process) -> None:
+    over_http = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI(
+        model=str(COARSE),  # as on the command line: lm-eval loads its tokenizer by this name
+        base_url=process.url + "/v1/completions",
+        tokenizer_backend="huggingface",
+        batch_size=3,
+    )
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    pairs = [(PROMPT, answer) for answer in (" a, b, c, d", " d, c, b, a", " a")]
+    pairs += [("", "The sea was calm."), ("Question: What is 2 + 2?\nAnswer:", " 4")]
+    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    expected = HFLM(str(COARSE), device="cpu", dtype="float32").loglikelihood(asked)
+    told = over_http.loglikelihood(asked)
+    assert [greedy for _, greedy in told] == [greedy for _, greedy in expected]
+    assert [total for total, _ in told] == pytest.approx([t for t, _ in expected], abs=1e-3)
+
+
 def test_structure_is_kept(process: Process) -> None:
     schema = {
         "type": "object",
@@ -115,8 +134,8 @@ def test_structure_is_kept(process: Process) -> None:
         )
         assert 0 <= json.loads(made.choices[0].message.content)["n"] <= 99
         called = ai.chat.completions.create(
-            model="coarse", messages=user, seed=1, max_tokens=200, tools=[tool],
-            tool_choice="required",
+            model="coarse", messages=user, temperature=0, max_tokens=200, tools=[tool],
+            tool_choice="required", parallel_tool_calls=False,
         )  # fmt: skip
         choice = called.choices[0]
         assert choice.finish_reason == "tool_calls"
@@ -136,7 +155,7 @@ def test_it_is_seen_from_outside(process: Process) -> None:
 
 def test_sigterm_in_mid_stream_finishes_what_runs(process: Process) -> None:
     """The last one: the server is gone afterwards."""
-    body = {"prompt": "Once", "max_tokens": 150, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", process.url + "/v1/completions", json=body, timeout=30) as stream:
         lines = (line for line in stream.iter_lines() if line)
         pieces = [next(lines)]
