@@ -9,7 +9,7 @@ and one scheduler of ours serves fibers too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,25 @@ class Paged:
     # ------------------------------------------------------------------------------------- a step
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
+        return [logits for part in self._parts(chunks) for logits in self._forward(part)]
+
+    def _parts(self, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+        """All in one, but for rows that share so many pages that they have more keys together than
+        the cache has: those are copied out of their pages for attention, and the budget pays for a
+        copy of the whole cache, not of more."""
+        part: list[Chunk] = []
+        keys = 0
+        for chunk in chunks:
+            more = chunk.row.done + chunk.count
+            if part and keys + more > self.capacity:
+                yield part
+                part, keys = [], 0
+            part.append(chunk)
+            keys += more
+        if part:
+            yield part
+
+    def _forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
         futures = [self._future(chunk) for chunk in chunks]
         past = sum(chunk.row.done for chunk in chunks)
         total = sum(chunk.count for chunk in chunks)

@@ -138,8 +138,8 @@ def serve(
         page=page,
         traces_endpoint=otlp_traces_endpoint,
     )
-    warn_of_strangers(settings)
     listener = run.listen(host, port)
+    warn_of_strangers(settings)
     run.log_to_stderr(access_log)
     screen.say(f"loading {settings.names[0]} ...")
     batch_options = {
