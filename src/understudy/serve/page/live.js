@@ -67,6 +67,8 @@ export class Live {
   setModel(facts) {
     this.facts = facts;
     this.map.setModel(facts);
+    byId("budget").replaceChildren();
+    byId("budget-parts").replaceChildren();
     this.cells = facts.layers.reduce((total, layer) => total + layer.experts, 0);
     byId("slow-tier").textContent = facts.tiers.slow === "disk" ? "on disk" : `in ${facts.tiers.slow} memory`;
     this.onModel(facts);

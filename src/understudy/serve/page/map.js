@@ -36,6 +36,8 @@ export class ExpertMap {
   }
 
   setModel(facts) {
+    Object.assign(this, { cells: null, cursor: null, counted: null });
+    this.arrivals.clear();
     this.layers = facts.layers;
     this.slow = facts.tiers.slow;
     this.widest = Math.max(...facts.layers.map((layer) => layer.experts));
