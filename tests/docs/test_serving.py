@@ -39,7 +39,9 @@ def test_the_python_of_the_page_runs(url: str, capsys: pytest.CaptureFixture[str
         exec(compile(text, str(PAGE), "exec"), names)
     printed = capsys.readouterr().out
     assert "'misses':" in printed and "CompletionUsage" in printed
-    assert re.search(r'\{"rainy": ?(true|false), ?"size": ?"(small|large)"\}', printed), printed
+    assert re.search(
+        r'\{\s*"rainy"\s*:\s*(true|false)\s*,\s*"size"\s*:\s*"(small|large)"\s*\}', printed
+    ), printed
 
 
 def curls() -> list[list[str]]:
