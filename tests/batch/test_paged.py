@@ -171,3 +171,13 @@ def test_one_packed_step_reads_an_expert_once_for_all_rows(tiny: Callable[..., P
     assert counters.tokens == sum(map(len, PROMPTS)) + 2 * len(PROMPTS)
     requests = [event.requests for event in events if event.layer == 0]
     assert requests[0] == [0] * 11 + [1] * 3 + [2] * 7 and requests[1] == [0, 1, 2]
+
+
+def test_beside_the_pages_little_memory_is_taken(tiny: Callable[..., Path]) -> None:
+    """transformers lays out a mask of step x pages for attention that wants one: with many pages
+    gigabytes, which no plan has paid for, and every step would fill it."""
+    with understudy.load(tiny(), slots=4) as model:
+        seats = Paged(model, capacity=4096, max_rows=8, max_batch_tokens=256)
+        inputs = [t for t in vars(seats._inputs).values() if isinstance(t, torch.Tensor)]
+        assert seats._inputs.attention_mask is None
+        assert sum(t.nbytes for t in inputs) < 200_000
