@@ -214,6 +214,26 @@ def test_a_broken_scheduler_leaves_nobody_waiting(opened: Any) -> None:
     assert isinstance(heard.wait().error, EngineDied)
 
 
+@pytest.mark.parametrize("end", ["answered", "closed"])
+def test_seats_that_take_nobody_back_leave_nobody_waiting(opened: Any, end: str) -> None:
+    seats = Held()
+    batch, first, second = opened(seats), Listener(), Listener()
+    batch.submit(Ask((1,), 1 if end == "answered" else 50, GREEDY), first)
+    batch.submit(Ask((2, 3), 50, GREEDY), second)
+    assert seats.stepping.wait(PATIENCE)
+
+    def broken(row: Any) -> None:
+        raise AssertionError("the book is wrong")
+
+    seats.release = broken  # type: ignore[method-assign]
+    seats.may.release(100)
+    if end == "closed":
+        batch.close()
+    for heard in (first, second):
+        assert isinstance(heard.wait().error, EngineDied)
+    assert not batch.snapshot().alive
+
+
 def test_a_full_house_says_when_to_come_back(opened: Any) -> None:
     seats = Held()
     batch = opened(seats, max_num_seqs=1, max_queue=2)

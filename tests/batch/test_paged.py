@@ -189,3 +189,13 @@ def test_rows_that_share_pages_may_have_more_keys_than_the_cache(tiny: Callable[
         assert seats.used <= seats.capacity < sum(len(row.tokens) for row in rows)
     answers = [row.tokens[len(p) :] for row, p in zip(rows, prompts, strict=True)]
     assert answers == expected
+
+
+def test_beside_the_pages_little_memory_is_taken(tiny: Callable[..., Path]) -> None:
+    """transformers lays out a mask of step x pages for attention that wants one: with many pages
+    gigabytes, which no plan has paid for, and every step would fill it."""
+    with understudy.load(tiny(), slots=4) as model:
+        seats = Paged(model, capacity=4096, max_rows=8, max_batch_tokens=256)
+        inputs = [t for t in vars(seats._inputs).values() if isinstance(t, torch.Tensor)]
+        assert seats._inputs.attention_mask is None
+        assert sum(t.nbytes for t in inputs) < 200_000

@@ -214,12 +214,11 @@ class BatchEngine:
             with torch.inference_mode(), guest.quiet():
                 while self._wait_for_work():
                     self._step()
+            self._abort(self._everybody())
         except BaseException as e:  # whatever it is, nobody may wait for this thread any more
             log.exception("the engine's thread has ended")
             self._error = f"{type(e).__name__}: {e}"[:200]
             self._fail(self._everybody(), EngineDied("the engine has stopped; restart the server"))
-        else:
-            self._abort(self._everybody())
         finally:
             self.seats.close()
 
@@ -234,10 +233,10 @@ class BatchEngine:
             while not (self._inbox or self._tickets or self._closing):
                 self._wake.wait(IDLE)
             inbox, self._inbox = self._inbox, []
+            for ticket in inbox:  # under the lock: who gives up draining looks at both
+                self._tickets[ticket.entry.row] = ticket
+                self._scheduler.add(ticket.entry)
             closing = self._closing
-        for ticket in inbox:
-            self._tickets[ticket.entry.row] = ticket
-            self._scheduler.add(ticket.entry)
         self._abort([t for t in self._tickets.values() if t.cancelled])
         return not closing
 
@@ -328,9 +327,9 @@ class BatchEngine:
         if ticket.over:
             return
         if delta.last:
-            ticket.over = True
-            self._leave(ticket)
             delta.report = report = self._report(ticket)
+            self._leave(ticket)
+            ticket.over = True  # not before: what raised here is told to it with everybody
             self._tell(lambda o: o.on_finish(ticket.ask, delta.finish or "error", report))
         try:
             ticket.sink(delta)
@@ -343,13 +342,13 @@ class BatchEngine:
                 self._wake.notify_all()
 
     def _leave(self, ticket: Ticket) -> None:
-        self._tickets.pop(ticket.entry.row, None)
         try:
             self._scheduler.remove(ticket.entry)
             self._kv_used = self.seats.used
         except Exception:
             if self._error is None:  # else this is what broke, and everybody is to be told
                 raise
+        self._tickets.pop(ticket.entry.row, None)
 
     def _report(self, ticket: Ticket) -> Report:
         now, times = time.perf_counter(), ticket.times

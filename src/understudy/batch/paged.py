@@ -81,12 +81,11 @@ class Paged:
             text, config, model.device, DistributedHelper(None, None), model.dtype, True
         )
         self.prefix_sharing = bool(self.cache.use_prefix_sharing)
-        none = Plain(LogitsProcessorList())
+        model.set_attn_implementation(PACKED)  # first: others have a mask over all pages laid out
+        self._none = Plain(LogitsProcessorList())
         self._inputs = ContinuousBatchingIOs(
-            self.cache, text, config, model.device, model.dtype, none
+            self.cache, text, config, model.device, model.dtype, self._none
         )
-        self._none = none
-        model.set_attn_implementation(PACKED)
 
     def close(self) -> None:
         """The model attends as it did before."""
