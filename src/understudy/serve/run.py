@@ -58,7 +58,8 @@ def listen(host: str, port: int) -> socket.socket:
     """The server's socket; the port may be 0, for any that is free."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
+        # Of localhost's two addresses the one that clients write as 127.0.0.1.
+        family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or str(error)
