@@ -22,11 +22,14 @@ PROMPT = "Question: Sort the letters: d, a, c, b\nAnswer:"
 class Process:
     """A server that is up. ``lines``: what it has said."""
 
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "understudy", "serve", str(COARSE), "--port", "0"]
+    def __init__(self) -> None:
+        self.start(port=0)
+
+    def start(self, port: int) -> None:
+        command = [sys.executable, "-m", "understudy", "serve", str(COARSE), "--port", str(port)]
         memory = ["--memory", "200MiB", "--dtype", "float32", "--max-model-len", "512"]
         self.process = subprocess.Popen(
-            [*command, *memory, *options],
+            [*command, *memory],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -151,6 +154,28 @@ def test_it_is_seen_from_outside(process: Process) -> None:
     assert "understudy:time_to_first_token_seconds_bucket" in metrics
     assert 'handler="/v1/completions"' in metrics
     assert httpx.get(process.url + "/").headers["content-type"].startswith("text/html")
+
+
+def test_sigkill_in_mid_stream_ends_no_answer_and_another_takes_its_port(process: Process) -> None:
+    def text() -> str:
+        body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        made = httpx.post(process.url + "/v1/completions", json=body, timeout=30)
+        return str(made.json()["choices"][0]["text"])
+
+    before, url, lines = text(), process.url, []
+    body = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with (
+        pytest.raises(httpx.HTTPError),
+        httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as stream,
+    ):
+        for line in stream.iter_lines():
+            process.process.kill()
+            lines.append(line)
+    assert not any("[DONE]" in line or '"length"' in line for line in lines)
+    process.process.wait()
+    process.start(port=int(url.rsplit(":", 1)[1]))
+    assert process.url == url
+    assert text() == before
 
 
 def test_sigterm_in_mid_stream_finishes_what_runs(process: Process) -> None:
