@@ -155,7 +155,7 @@ def test_an_answer_is_heard(form: str, text: str, content: str, calls: Calls) ->
 
 
 @given(case=st.sampled_from(CASES), cuts=st.lists(st.integers(0, 200), max_size=6))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 def test_pieces_do_not_matter(case: tuple[str, str, str, Calls], cuts: list[int]) -> None:
     form, text, content, calls = case
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
@@ -172,7 +172,7 @@ SCRAPS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @given(scraps=st.lists(st.sampled_from(SCRAPS), max_size=12))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_whatever_is_written_the_pieces_do_not_matter(form: str, scraps: list[str]) -> None:
     text = "".join(scraps)
     assert heard(form, [text]) == heard(form, scraps) == heard(form, list(text))
