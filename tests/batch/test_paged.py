@@ -191,11 +191,18 @@ def test_rows_that_share_pages_may_have_more_keys_than_the_cache(tiny: Callable[
     assert answers == expected
 
 
-def test_beside_the_pages_little_memory_is_taken(tiny: Callable[..., Path]) -> None:
-    """transformers lays out a mask of step x pages for attention that wants one: with many pages
-    gigabytes, which no plan has paid for, and every step would fill it."""
-    with understudy.load(tiny(), slots=4) as model:
-        seats = Paged(model, capacity=4096, max_rows=8, max_batch_tokens=256)
-        inputs = [t for t in vars(seats._inputs).values() if isinstance(t, torch.Tensor)]
-        assert seats._inputs.attention_mask is None
-        assert sum(t.nbytes for t in inputs) < 200_000
+def test_rows_that_share_pages_may_have_more_tokens_than_there_are_pages(
+    tiny: Callable[..., Path],
+) -> None:
+    folder, prompt = tiny("qwen3_moe"), [3 + (7 * i) % 90 for i in range(4 * PAGE + 3)]
+    expected = greedy_alone(AutoModelForCausalLM.from_pretrained(folder), prompt, 6)
+    with understudy.load(folder, slots=8) as model:
+        seats = Paged(model, capacity=10 * PAGE, max_rows=6, max_batch_tokens=32)
+        driver = Driver(seats)
+        rows = [driver.enter(prompt)]
+        driver.answer(rows, 1)
+        rows += [driver.enter(prompt) for _ in range(5)]
+        driver.answer(rows[1:], 1)
+        driver.answer(rows, 5)  # 432 tokens read, and room for 160
+        assert seats.used == 10 * PAGE
+    assert [row.tokens[len(prompt) :] for row in rows] == [expected] * 6

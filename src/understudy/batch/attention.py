@@ -1,7 +1,7 @@
 """Attention over a packed batch: every sequence over its own keys and values, on any device.
 
-Knows: transformers' attention interface, its paged cache, which rows of a step belong together.
-Does not know: who the sequences are, or where their pages lie.
+Knows: transformers' attention interface. Does not know: who the sequences are, or where their keys
+and values lie (`packing`).
 
 transformers' own paged attention computes all queries against the keys of all sequences under a
 mask, unless flash attention is there. On a CPU that is the batch size times too much, and the sums
@@ -10,32 +10,15 @@ of one sequence depend on its neighbours. Here the numbers of a sequence are its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from understudy.batch.packing import Step
+
 PACKED = "understudy-packed"  # transformers makes no mask for an attention that it has none for
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One sequence of a step: its queries and its keys among those of all, as [first, end)."""
-
-    q: tuple[int, int]
-    k: tuple[int, int]
-
-
-def spans(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> list[Span]:
-    """Sequences that lie one behind the other."""
-    found, q, k = [], 0, 0
-    for queries, keys in zip(q_lengths, k_lengths, strict=True):
-        found.append(Span((q, q + queries), (k, k + keys)))
-        q, k = q + queries, k + keys
-    return found
 
 
 def attend(
@@ -46,7 +29,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cache: Any = None,
+    cache: Step | None = None,
     s_aux: torch.Tensor | None = None,
     softcap: float | None = None,
     position_bias: torch.Tensor | None = None,
@@ -54,20 +37,24 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, T, D], key and value [1, kv heads, T, D] -> [1, T, heads, D].
 
-    ``cache``: a paged cache with ``spans`` of this step, per kind of attention. ``s_aux``: a logit
-    per head for "nothing" (attention sinks). Raises where it would have to leave something out.
+    ``s_aux``: a logit per head for "nothing" (attention sinks). Raises where it would have to leave
+    something out.
     """
     if cache is None or position_bias is not None:
         raise RuntimeError("this attention is made for packed batches over a paged cache")
-    allocator = cache.layer_to_allocator[module.layer_idx]
-    key, value = cache.update(key, value, module.layer_idx, kwargs)
-    window = getattr(allocator, "sliding_window", None)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    pages = cache.pages(layer)
     parts = [
-        _one(query[:, :, slice(*span.q)], key[:, :, slice(*span.k)], value[:, :, slice(*span.k)],
-             scaling, window, s_aux, softcap)
-        for span in cache.spans[allocator.layer_type]
+        _one(query[:, :, part.queries], _by_head(part.key), _by_head(part.value),
+             scaling, pages.window, s_aux, softcap)
+        for part in pages.parts(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
     ]  # fmt: skip
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _by_head(tokens: torch.Tensor) -> torch.Tensor:
+    """[K, heads, D] -> [1, heads, K, D]"""
+    return tokens.transpose(0, 1).unsqueeze(0)
 
 
 AttentionInterface.register(PACKED, attend)

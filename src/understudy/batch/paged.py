@@ -1,7 +1,7 @@
 """Seats on transformers' paged cache: one packed forward for all rows, pages shared by prefixes.
 
-Knows: transformers' continuous batching parts (pages, their ledger, the inputs of a step). Does not
-know: which tokens form a step (`schedule`), sampling, experts.
+Knows: transformers' continuous batching parts (pages and their ledger). Does not know: which tokens
+form a step (`schedule`), where in the pages they lie (`packing`), sampling, experts.
 
 Their scheduler and sampler are not used: their sampler knows temperature, top-k and top-p only,
 and one scheduler of ours serves fibers too.
@@ -9,28 +9,23 @@ and one scheduler of ours serves fibers too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
 from transformers.generation.continuous_batching.distributed import DistributedHelper
-from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import RequestState
 
 from understudy import model as guest
 from understudy.batch import Chunk, Row
-from understudy.batch.attention import PACKED, Span, spans
+from understudy.batch.attention import PACKED
+from understudy.batch.packing import Step
 from understudy.core import UnderstudyError
 
 PAGE = 16  # tokens; a prefix is shared in whole pages
-
-Plain = ContinuousBatchingLogitsProcessorList
 
 
 class Unpaged(UnderstudyError):
@@ -81,11 +76,7 @@ class Paged:
             text, config, model.device, DistributedHelper(None, None), model.dtype, True
         )
         self.prefix_sharing = bool(self.cache.use_prefix_sharing)
-        model.set_attn_implementation(PACKED)  # first: others have a mask over all pages laid out
-        self._none = Plain(LogitsProcessorList())
-        self._inputs = ContinuousBatchingIOs(
-            self.cache, text, config, model.device, model.dtype, self._none
-        )
+        model.set_attn_implementation(PACKED)
 
     def close(self) -> None:
         """The model attends as it did before."""
@@ -122,51 +113,26 @@ class Paged:
     # ------------------------------------------------------------------------------------- a step
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        return [logits for part in self._parts(chunks) for logits in self._forward(part)]
-
-    def _parts(self, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-        """All in one, but for rows that share so many pages that they have more keys together than
-        the cache has: those are copied out of their pages for attention, and the budget pays for a
-        copy of the whole cache, not of more."""
-        part: list[Chunk] = []
-        keys = 0
-        for chunk in chunks:
-            more = chunk.row.done + chunk.count
-            if part and keys + more > self.capacity:
-                yield part
-                part, keys = [], 0
-            part.append(chunk)
-            keys += more
-        if part:
-            yield part
-
-    def _forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        futures = [self._future(chunk) for chunk in chunks]
-        past = sum(chunk.row.done for chunk in chunks)
-        total = sum(chunk.count for chunk in chunks)
-        self.cache.spans = self._spans(chunks)
-        self._inputs.prepare_batch_tensors(futures, self._none, False, total, past, False)
-        wanted = _positions(chunks)
-        inputs: dict[str, Any] = {**self._inputs.get_model_kwargs()}
-        del inputs["logits_indices"], inputs["logits_processor_args"]
-        keep = torch.tensor(wanted or [0], device=self.model.device)
-        logits = self.model(**inputs, logits_to_keep=keep).logits[0].float()
-        for chunk, future in zip(chunks, futures, strict=True):
-            chunk.row.done += chunk.count
-            self.cache.mark_complete_blocks(chunk.row.state, future.complete_blocks)
+        complete = [self.cache.count_new_complete_blocks(c.row.state, c.count) for c in chunks]
+        logits = self.model(**self._inputs(chunks)).logits[0].float()
+        for chunk, blocks in zip(chunks, complete, strict=True):
+            row = chunk.row
+            row.done = row.state.position_offset = row.done + chunk.count
+            self.cache.mark_complete_blocks(row.state, blocks)
         return _split(chunks, logits)
 
-    def _future(self, chunk: Chunk) -> FutureRequestState:
-        row = chunk.row
-        row.state.tokens_to_process = row.tokens[row.done : row.done + chunk.count]
-        complete = self.cache.count_new_complete_blocks(row.state, chunk.count)
-        return FutureRequestState(row.state, False, complete, chunk.count)
-
-    def _spans(self, chunks: Sequence[Chunk]) -> dict[str, list[Span]]:
-        queries = [chunk.count for chunk in chunks]
+    def _inputs(self, chunks: Sequence[Chunk]) -> dict[str, Any]:
+        device = self.model.device
+        spans = [range(c.row.done, c.row.done + c.count) for c in chunks]
+        tokens = [c.row.tokens[i] for c, span in zip(chunks, spans, strict=True) for i in span]
+        ends = [0, *accumulate(map(len, spans))]
         return {
-            kind: spans(queries, [a.get_seqlen_k(c.row.done, c.count) for c in chunks])
-            for kind, a in self.cache.cache_allocators.items()
+            "input_ids": torch.tensor([tokens], device=device),
+            "position_ids": torch.tensor([[*chain(*spans)]], device=device),
+            "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32),  # who reads it, reads it here
+            "cache": Step(self.cache, chunks, device),
+            "use_cache": False,
+            "logits_to_keep": torch.tensor(_positions(chunks) or [0], device=device),
         }
 
     # -------------------------------------------------------------------------------- the rehearsal
