@@ -64,7 +64,7 @@ class Served:
             batch,
             settings,
             Grammars(tokenizer, batch.vocab_size, batch.eos_ids),
-            ToolFormat.of(settings.tool_call_parser, tokenizer),
+            ToolFormat.of(settings.tool_call_parser, tokenizer, settings.chat_template),
             Spelling(tokenizer),
             most_characters=2 * longest * batch.context,  # twice: a normalizer may shorten a text
             tracing=tracing,
