@@ -138,6 +138,7 @@ def test_company_changes_no_answer(opened: Any) -> None:
     snapshot = batch.snapshot()
     assert snapshot.preemptions > 0, "the test wants some of them"
     assert (snapshot.running, snapshot.waiting, snapshot.kv_used) == (0, 0, 0)
+    assert snapshot.prefix_queries == 0, "these seats look nothing up"
     assert max(len(step) for step in seats.steps) > 3
 
 

@@ -13,7 +13,7 @@ something always moves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from understudy.batch import Chunk, Row, Seats
@@ -70,10 +70,9 @@ class Scheduler:
         max_rows: int,
         max_tokens: int,
         vocab_size: int,
-        pushed_out: Callable[[Row], None] = lambda row: None,
     ) -> None:
-        """``max_rows``, ``max_tokens``: of a step. ``pushed_out``: told of every preemption."""
-        self.seats, self._pushed_out = seats, pushed_out
+        """``max_rows``, ``max_tokens``: of a step."""
+        self.seats = seats
         self._max_rows, self._max_tokens = max_rows, max_tokens
         self._max_every = max(1, LOGITS_BYTES // (4 * vocab_size))
         self.waiting: deque[Entry] = deque()
@@ -100,7 +99,7 @@ class Scheduler:
             count = step.share(entry, self.seats.whole_prompts)
             if count and self._make_room(entry, count, chunks):
                 chunks.append(step.take(entry, count))
-        while self.waiting and len(self.running) < self._max_rows:
+        while self.waiting and step.tokens and len(self.running) < self._max_rows:
             count = self._enter(self.waiting[0], step)
             if not count:
                 break
@@ -128,7 +127,6 @@ class Scheduler:
         self.seats.release(entry.row)
         self.waiting.appendleft(entry)
         chunks[:] = [chunk for chunk in chunks if chunk.row is not entry.row]
-        self._pushed_out(entry.row)
 
     def _enter(self, entry: Entry, step: _Step) -> int:
         """Tokens of a waiting row for this step; it comes in if there is room for all that is known
@@ -141,6 +139,7 @@ class Scheduler:
         if not (count and fits and seats.reserve(row, entry.left)):
             seats.release(row)
             return 0
-        self.prefix_queries += len(row.tokens)
-        self.prefix_hits += found
+        if seats.prefix_sharing and row.shares_prefix:
+            self.prefix_queries += len(row.tokens)
+            self.prefix_hits += found
         return count
