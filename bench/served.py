@@ -5,6 +5,7 @@ Knows: subprocesses, ports, /health, /proc. Does not know: what is asked of the 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,14 +15,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import httpx2
+import numpy as np
 
 from bench.process import environment
 from understudy.core import UnderstudyError
 
 LAST = 4000  # bytes of a log that are shown
+WARM_UP = 0.2  # share of a run, at most `WARM_UP_SECONDS`
+WARM_UP_SECONDS = 60.0
+WINDOW = 0.1  # share of a run whose median is the first and the last value
 COMMAND = ("-m", "understudy", "serve")
 
 
@@ -112,3 +120,40 @@ class Served:
         if self._child.poll() is None:
             self._child.kill()
         self._child.wait()
+
+
+@dataclass(slots=True)
+class Memory:
+    """Resident bytes over time."""
+
+    seconds: list[float] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+
+    async def watch(self, server: Served) -> None:
+        """Until cancelled."""
+        began = time.monotonic()
+        while True:
+            self.seconds.append(time.monotonic() - began)
+            self.nbytes.append(server.resident_bytes)
+            await asyncio.sleep(0.5)
+
+    def summary(self) -> dict[str, Any]:
+        """First and last value after the warm-up, each the median of a window, and the slope."""
+        total = self.seconds[-1]
+        warm = min(WARM_UP_SECONDS, WARM_UP * total)
+        first = self._median(warm, warm + WINDOW * total)
+        last = self._median((1 - WINDOW) * total, total)
+        at, size = np.array(self.seconds), np.array(self.nbytes)
+        slope = np.polyfit(at[at >= warm], size[at >= warm], 1)[0]
+        return {
+            "warm_up_seconds": round(warm, 1),
+            "first_bytes": first,
+            "last_bytes": last,
+            "peak_bytes": max(self.nbytes),
+            "growth": round(last / first - 1, 5),
+            "slope_bytes_per_hour": round(3600 * float(slope)),
+        }
+
+    def _median(self, start: float, end: float) -> int:
+        inside = zip(self.seconds, self.nbytes, strict=True)
+        return int(median(size for at, size in inside if start <= at <= end))

@@ -173,6 +173,24 @@ def test_one_packed_step_reads_an_expert_once_for_all_rows(tiny: Callable[..., P
     assert requests[0] == [0] * 11 + [1] * 3 + [2] * 7 and requests[1] == [0, 1, 2]
 
 
+def test_rows_that_share_pages_may_have_more_keys_than_the_cache(tiny: Callable[..., Path]) -> None:
+    folder = tiny()
+    begin = [5 + i % 80 for i in range(6 * PAGE)]
+    prompts = [[*begin, 7 + i] for i in range(4)]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    expected = [greedy_alone(plain, p, 6) for p in prompts]
+    with understudy.load(folder, slots=8) as model:
+        seats = Paged(model, capacity=10 * PAGE, max_rows=4, max_batch_tokens=128)
+        driver = Driver(seats)
+        driver.answer([driver.enter(prompts[0])], 1)
+        rows = [driver.rows[0], *(driver.enter(p) for p in prompts[1:])]
+        driver.answer(rows[1:], 1)
+        driver.answer(rows, 5)
+        assert seats.used <= seats.capacity < sum(len(row.tokens) for row in rows)
+    answers = [row.tokens[len(p) :] for row, p in zip(rows, prompts, strict=True)]
+    assert answers == expected
+
+
 def test_rows_that_share_pages_may_have_more_tokens_than_there_are_pages(
     tiny: Callable[..., Path],
 ) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.batches import Dictation, ratios
 from bench.clients import COMPLETIONS, Job, _mismatch
-from bench.load import Memory
-from bench.serve import Dictation, ratios
+from bench.served import Memory
 
 
 def test_memory_is_compared_after_the_warm_up() -> None:

@@ -59,8 +59,8 @@ def test_python_blocks_run(
     registries: None,
 ) -> None:
     found = pages.blocks(page, "python")
-    if not found:
-        pytest.skip("no python here")
+    if not found or page.name == "serving.md":
+        pytest.skip("no python here, or it needs a server: see test_serving.py")
     model = repr(str(request.getfixturevalue("speaking_model")))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}

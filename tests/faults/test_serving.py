@@ -1,5 +1,5 @@
 """What goes wrong behind HTTP: a client is told so, in the status or in the stream, and never takes
-half an answer for a whole one."""
+half an answer for a whole one. (Signals, from outside: `tests/serve/test_process.py`.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,12 +20,10 @@ from faults.test_running import Disk, cut
 from serve.conftest import Running, until
 
 from bench.clients import Clients, jobs
-from bench.served import Served, free_port
 from understudy.batch import Ask, Report, StepReport
 from understudy.batch.opening import start
 
 BODY = {"prompt": "Once upon a time", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-LONG = {**BODY, "max_tokens": 400}
 HELD = {"memory": "1GiB", "slots": 12, "direct_io": False, "self_switch": False}
 
 
@@ -228,34 +225,3 @@ def test_many_clients_some_of_them_careless(serving: Open) -> None:
     assert outcome.mismatches == []
     assert outcome.counts["greedy"] > 8
     until(lambda: engine_of(server).snapshot().running == 0)
-
-
-# ------------------------------------------------------------------------------ whole processes
-
-
-def test_killed_started_again_and_told_to_end(speaking_model: Path) -> None:
-    """SIGKILL in mid-stream, another server on the same port, SIGTERM in mid-stream."""
-    port = free_port()
-    open_one = partial(
-        Served, speaking_model, "--memory", "1GiB", "--max-context", "512", port=port
-    )
-    with open_one() as server:
-        server.wait_until_ready()
-        client = Client(server.url)
-        long = client.text(LONG)
-        with pytest.raises(httpx2.HTTPError), client.stream(LONG) as stream:
-            stream.read(1)
-            server.kill()
-            stream.read()
-        assert (stream.finish, stream.done) == (None, False)
-    with open_one() as server:
-        server.wait_until_ready()
-        client = Client(server.url)
-        with client.stream(LONG) as stream:
-            stream.read(1)
-            server.terminate()
-            until(lambda: server.health() in (503, None), seconds=30)
-            stream.read()
-        assert (stream.text, stream.finish, stream.done) == (long, "length", True)
-        assert server.wait() == 0, server.said
-        assert "Traceback" not in server.said

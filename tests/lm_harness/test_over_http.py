@@ -11,14 +11,13 @@ import pytest
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from serve.conftest import running
+
+from understudy.batch.opening import start
+
 lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-eval is not installed (pip install 'understudy[lm-eval]')"
 )
-
-from serve.conftest import running
-
-import understudy.lm_harness  # noqa: F401  (its name in lm-eval)
-from understudy.batch.opening import start
 
 HERE = Path(__file__).parent
 FINE = HERE.parents[1] / "models" / "fine"
@@ -28,6 +27,8 @@ LOADED = {"memory": "50MiB", "threads": 1, "dtype": "float32"}
 def task(folder: Path) -> Any:
     """The task's files with absolute paths, and a manager that knows nothing else."""
     from lm_eval.tasks import TaskManager
+
+    import understudy.lm_harness  # noqa: F401 - its name in lm-eval
 
     text = (HERE / "largest.yaml").read_text()
     text = text.replace("largest.jsonl", str(HERE / "largest.jsonl"))

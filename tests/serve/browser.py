@@ -38,12 +38,9 @@ def serving(batch: BatchEngine, api_key: str | None = None) -> Iterator[str]:
     outside = Outside("fine", stage.require)
     app = create_app(stage, settings, routers=outside.routers, open_paths=outside.open_paths)
     listener = run.listen("127.0.0.1", 0)
-
-    def begin(say: run.Say) -> BatchEngine:
-        outside.open(batch)
-        return batch
-
-    server = run.Server(settings, begin, lambda line: ready.set(), stage, app)
+    server = run.Server(
+        settings, lambda say: batch, lambda line: ready.set(), stage, app, outside.open
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:

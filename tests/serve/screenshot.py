@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:tests python -m serve.screenshot docs/img/page.png
 
-Several people ask at once, most of them unseen; half a minute later the picture is taken.
+Several people ask at once, most of them unseen; a minute later the picture is taken.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import httpx
 from PIL import Image
 from serve.browser import Browser, serving, small_engine
 
-SEEN = (
-    "Which of these numbers is the largest: 417, 902, 655?",
-    "Reverse the letters of: stage",
-    "Write two sentences about a lighthouse in autumn.",
+SEEN = (  # what models/fine has learned: see its card
+    "largest 417 , 902 , 655 , 38 , 781",
+    "sort u n d e r s t",
+    "recall k from b 4 , k 7 , q 1 , s 9",
 )
 UNSEEN = (
     "Explain what a Python generator is.",
     "Tell the story of an understudy who waits behind the curtain.",
     "A train leaves at 9 and travels 120 miles in 3 hours. How fast is it?",
 )
-SECONDS_BETWEEN = 11.0  # two questions of the one who is seen
+SECONDS_BETWEEN = 16.0  # two questions of the one who is seen
 COLOURS = 128
 
 
@@ -66,7 +66,10 @@ def take(to: Path, theme: str, width: int, height: int, people: int) -> None:
             browser.resize(width, height)
             browser.prefer(theme)
             browser.open(url)
-            browser.run("document.getElementById('max-tokens').value = 60")
+            for field, value in (("max-tokens", 60), ("temperature", 0)):
+                browser.run(
+                    "document.getElementById(arguments[0]).value = arguments[1]", field, value
+                )
             for question in SEEN:
                 browser.element("#message").send_keys(question + "\ue007")
                 threading.Event().wait(SECONDS_BETWEEN)

@@ -91,6 +91,7 @@ def test_a_picture_tells_what_happened_since_the_one_before(batch: PretendedBatc
     batch.event(0, [1, 2])
     picture = camera.picture()
     assert (picture["hits"], picture["misses"], picture["new_tokens"]) == (2, 0, 0)
+    assert picture["layers"] == [(2, 0, 2), (0, 0, 0), (0, 0, 0)]
     assert (picture["kv_used"], picture["kv_total"], picture["resident"]) == (32, 128, 2)
     camera.close()
 

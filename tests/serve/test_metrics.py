@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serve.pretended import AN_ASK, EXPERT_BYTES, SLOT_BYTES, PretendedBatch, a_report, a_step
@@ -76,6 +79,13 @@ def test_every_documented_name_is_there_with_its_type(metrics: Metrics) -> None:
     assert {types[name] for name in HISTOGRAMS} == {"histogram"}
     assert {types[name] for name in COUNTERS} == {"counter"}
     assert "process_resident_memory_bytes" in types
+
+
+def test_the_documentation_names_exactly_these() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    told = page.partition("`/metrics` has")[2].partition("```")[0]
+    named = {name.removesuffix("_total") for name in re.findall("`([a-z0-9_]+)`", told)}
+    assert named == GAUGES | HISTOGRAMS | COUNTERS | {"expert_cache_bytes"}
 
 
 def test_experts_are_what_the_engine_counted(batch: PretendedBatch, metrics: Metrics) -> None:

@@ -20,6 +20,12 @@ TAB, ENTER, ESCAPE, RIGHT, DOWN = "\ue004", "\ue007", "\ue00c", "\ue014", "\ue01
 
 MAP = "return document.getElementById('map').toDataURL()"
 ANSWER = ".turn.answer .text"
+WATCH_THE_ANSWER = """
+    window.lengths = [];
+    const log = document.getElementById("log");
+    new MutationObserver(() => window.lengths.push(log.innerText.length))
+        .observe(log, { characterData: true, subtree: true });
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +70,15 @@ def ask(browser: Browser, text: str = "Write about the sea.", most: int = 60) ->
 
 
 def test_a_message_by_keyboard_streams_and_the_map_changes(browser: Browser, url: str) -> None:
-    choose(browser, "max-tokens", "80")
+    choose(browser, "max-tokens", "60")
+    choose(browser, "temperature", "0")
+    browser.run(WATCH_THE_ANSWER)
     before = browser.run(MAP)
     browser.press(TAB, ENTER)  # the skip link
     browser.until(lambda: browser.run("return document.activeElement.id") == "message")
     browser.press("Write about <b>the</b> sea.", ENTER)
-    lengths: set[int] = set()
-
-    def finished() -> bool:
-        lengths.add(len(browser.text(ANSWER)))
-        return "first token" in browser.text(".turn.answer .facts")
-
-    browser.until(finished)
-    assert len(lengths) > 4, "the answer came at once"
+    browser.until(lambda: "first token" in browser.text(".turn.answer .facts"))
+    assert len(set(browser.run("return window.lengths"))) > 4, "the answer came at once"
     facts = browser.text(".turn.answer .facts")
     assert "tokens/s" in facts and "hits" in facts and "for experts" in facts
     assert browser.run(MAP) != before

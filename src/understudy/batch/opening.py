@@ -43,10 +43,13 @@ def start(
             f"--max-num-batched-tokens must be at least {FEWEST_TOKENS}, not "
             f"{max_num_batched_tokens}"
         )
-    if options.get("frame", "auto") == "compiled":
-        raise UnderstudyError("batches run uncompiled layers; use --frame auto or eager")
+    if batching != "fibers":
+        if options.get("frame", "auto") == "compiled":
+            raise UnderstudyError(
+                "only --batching fibers can run compiled layers; use it, or --frame eager"
+            )
+        options["frame"] = "eager"
     options |= {
-        "frame": "eager",
         "sequences": max_num_seqs,
         "prefill_chunk_size": max_num_batched_tokens,
     }

@@ -193,6 +193,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {t for t, what in added.items() if what.special}
 
 
+@lru_cache(maxsize=2**16)
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """What a token spells in the middle of a text, perhaps a part of a character: the ``bytes`` of
     OpenAI's logprobs. ``.decode(errors="replace")`` of it is their ``token``."""

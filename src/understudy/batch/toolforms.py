@@ -13,6 +13,8 @@ from typing import Any
 
 from understudy.batch.grammar import json_rule
 
+PYTHON_TAG = "<|python_tag|>"  # Llama 3 may put it before a call
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -101,10 +103,11 @@ class Rules:
         if self._form.open:
             return {self._form.open: self._grammar(self._body())}
         return {
-            f'{{"name":{space}{json.dumps(function["name"])}': self._grammar(
+            f'{tag}{{"name":{space}{_quoted(function["name"])}': self._grammar(
                 f"{self._end_of_call(function)} {self._more()}"
             )
             for function in self._functions
+            for tag in ("", PYTHON_TAG)
             for space in ("", " ")
         }
 

@@ -15,9 +15,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from understudy.batch.toolforms import Form
-
-PYTHON_TAG = "<|python_tag|>"  # Llama 3 may put it before a call
+from understudy.batch.toolforms import PYTHON_TAG, Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ class ToolParser:
     def _at_start(self, events: list[Event]) -> bool:
         """Of a form without a marker: is it a call at all?"""
         begun = re.sub(r"\s", "", self._text).removeprefix(PYTHON_TAG)
-        heads = [f'{{"name":{json.dumps(name)}' for name in self._names]
+        heads = [f'{{"name":{json.dumps(name, ensure_ascii=False)}' for name in self._names]
         if any(begun.startswith(head) for head in heads):
             self._state = self._in_head
             return True

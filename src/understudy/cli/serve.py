@@ -81,6 +81,16 @@ AccessLog = Annotated[
     option("--access-log/--disable-access-log", help="A line for every request."),
 ]
 
+Page = Annotated[bool, option("--page/--no-page", help="The page at /.")]
+Traces = Annotated[
+    str | None,
+    option(
+        "--otlp-traces-endpoint",
+        help="An OpenTelemetry collector: http://localhost:4318.",
+        metavar="URL",
+    ),
+]
+
 
 @takes_engine_options
 def serve(
@@ -102,6 +112,8 @@ def serve(
     write_timeout: WriteTimeout = 30.0,
     max_body_size: BodySize = "8MiB",
     access_log: AccessLog = True,
+    page: Page = True,
+    otlp_traces_endpoint: Traces = None,
     options: EngineOptions,
 ) -> None:
     """Serve a model through OpenAI's API."""
@@ -123,9 +135,11 @@ def serve(
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
         access_log=access_log,
+        page=page,
+        traces_endpoint=otlp_traces_endpoint,
     )
-    warn_of_strangers(settings)
     listener = run.listen(host, port)
+    warn_of_strangers(settings)
     run.log_to_stderr(access_log)
     screen.say(f"loading {settings.names[0]} ...")
     batch_options = {

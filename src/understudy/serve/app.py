@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from understudy.serve import errors, gate
+from understudy.serve.routes import errors as errors_of
 from understudy.serve.routes import router
 from understudy.serve.served import Stage
 from understudy.serve.settings import Settings
@@ -39,16 +40,19 @@ def create_app(
     errors.install(app)
     app.include_router(router)
     for more in routers:
-        app.include_router(more)
-    _stand_before(app, settings, frozenset(open_paths))
+        app.include_router(more, responses=errors_of(401, 429, 503))
+    _stand_before(app, stage, settings, frozenset(open_paths))
     return app
 
 
-def _stand_before(app: FastAPI, settings: Settings, open_paths: frozenset[str]) -> None:
+def _stand_before(
+    app: FastAPI, stage: Stage, settings: Settings, open_paths: frozenset[str]
+) -> None:
     """The last one added meets a request first: even a refused one has a name, and tells a browser
     what it may read."""
     if settings.api_key is not None:
         app.add_middleware(gate.ApiKey, key=settings.api_key, open_paths=gate.OPEN | open_paths)
+    app.add_middleware(gate.Counted, count=stage.count)
     app.add_middleware(gate.RequestIds)
     if settings.allowed_origins:
         app.add_middleware(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from understudy.core import LayerEvent, Tier
+from understudy.core import Counters, LayerEvent, Tier
 from understudy.engine import Engine
 from understudy.plan import Plan
 from understudy.policies.residency import State
@@ -25,6 +25,7 @@ _SHOWN = {
     State.READY: RESIDENT,
 }
 
+_NOTHING = Counters()
 HALF_LIFE = 2.0  # seconds after which a use counts half
 
 
@@ -70,12 +71,20 @@ class CacheView:
                 found[self._first[expert.layer] + expert.expert] = _SHOWN[slot.state]
         return found
 
+    def lookups(self) -> list[tuple[int, int, int]]:
+        """Hits, late and misses of each layer since the load. Without those that a device has
+        decided by itself."""
+        counted = (self._counted(layer) for layer in range(len(self.modules)))
+        return [(c.hits, c.late, c.misses) for c in counted]
+
+    def _counted(self, layer: int) -> Counters:
+        return self._director.by_layer.get(layer) or _NOTHING
+
     def by_layer(self) -> list[dict[str, int | str]]:
-        """Events and lookups of each layer since the load, and how many of it are resident. Without
-        those that a device has decided by itself."""
+        """Events and lookups of each layer, as in `lookups`, and how many of it are resident."""
         states, rows = self.states(), []
         for layer, module in enumerate(self.modules):
-            counted = self._director.by_layer.get(layer)
+            counted = self._counted(layer)
             here = states[self._first[layer] : self._first[layer + 1]]
             rows.append(
                 {
@@ -84,10 +93,10 @@ class CacheView:
                     "experts": module.num_experts,
                     "resident": int((here == RESIDENT).sum()),
                     "loading": int((here == LOADING).sum()),
-                    "events": counted.events if counted else 0,
-                    "hits": counted.hits if counted else 0,
-                    "late": counted.late if counted else 0,
-                    "misses": counted.misses if counted else 0,
+                    "events": counted.events,
+                    "hits": counted.hits,
+                    "late": counted.late,
+                    "misses": counted.misses,
                 }
             )
         return rows

@@ -24,6 +24,7 @@ class ChatForm(Form):
     """The answers to one `ChatRequest`."""
 
     prefix = "chatcmpl"
+    operation = "chat"
 
     def __init__(self, served: Served, body: ChatRequest, experts: bool) -> None:
         tools = uses_tools(body)

@@ -30,6 +30,7 @@ class CompletionForm(Form):
     """The answers to one `CompletionRequest`."""
 
     prefix = "cmpl"
+    operation = "text_completion"
 
     def __init__(self, served: Served, body: CompletionRequest, experts: bool) -> None:
         n, prompts = body.n or 1, body.prompt

@@ -21,6 +21,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from understudy.batch import Busy, CannotFit, Draining, EngineDied, Refused
+from understudy.batch.grammar import GrammarError
+from understudy.batch.sampling import NoToken
 from understudy.core import ContextTooLong, ReadFailed
 
 log = logging.getLogger("understudy.serve")
@@ -84,6 +86,8 @@ def problem_of(error: BaseException) -> Problem:
             return error
         case CannotFit() | ContextTooLong():
             return invalid(str(error), code="context_length_exceeded")
+        case GrammarError() | NoToken():  # what only shows while the answer is written
+            return invalid(str(error))
         case Busy():
             problem = unavailable(str(error), "queue_full", error.retry_after, status=429)
             problem.body.type = "rate_limit_error"
@@ -132,7 +136,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return failed("the server failed; its log says why").response()
+        return problem_of(error).response()
 
 
 def _spoken(request: Request, error: StarletteHTTPException) -> Problem:

@@ -6,7 +6,7 @@ Knows: ids, usage, which piece of a stream is the last one. Does not know: JSON,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,6 +16,7 @@ from understudy.serve.collected import Collected
 from understudy.serve.protocol import Generation
 from understudy.serve.served import Served
 from understudy.serve.shapes import experts_of, new_id, usage_of
+from understudy.serve.tracing import Operation, RequestSpan, Tracing
 
 
 class Form:
@@ -23,6 +24,7 @@ class Form:
     number i is the one to ``asks[i]``. ``experts``: the client wants to know what they did."""
 
     prefix: str  # of ids
+    operation: Operation  # as traces call it
 
     def __init__(
         self, served: Served, body: Generation, asks: Sequence[Ask], experts: bool
@@ -73,6 +75,20 @@ class Form:
     def tail(self) -> dict[str, Any]:
         """What `whole` has after its choices."""
         return {"usage": usage_of(self._reports, self._n), **self._told()}
+
+    def trace(self, tracing: Tracing, headers: Mapping[str, str]) -> RequestSpan:
+        """The request has been understood."""
+        ask = self.asks[0]
+        return tracing.begin(
+            self.operation,
+            headers,
+            ask.sampling,
+            max_tokens=ask.max_new_tokens,
+            choices=self._n,
+        )
+
+    def end_trace(self, span: RequestSpan) -> None:
+        span.end(self._reports, [answer.finish or "error" for answer in self.answers])
 
     @property
     def _reports(self) -> list[Report]:

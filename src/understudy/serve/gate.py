@@ -1,7 +1,7 @@
-"""What stands before every route: the API key, and a name for every request.
+"""What stands before every route: the API key, a name and a tally mark for every request.
 
 Knows: headers. Does not know: routes, except which of them are open to everybody.
-Both are plain ASGI: they neither buffer a stream nor hide a disconnect.
+All are plain ASGI: they neither buffer a stream nor hide a disconnect.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,6 +43,25 @@ class RequestIds:
             await send(message)
 
         return await self._app(scope, receive, send_named)
+
+
+class Counted:
+    """Tells ``count`` of every response: the path of its route, never what a client wrote instead
+    (labels must not grow with what clients invent), and its status."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        self._app, self._count = app, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(getattr(scope.get("route"), "path", "none"), message["status"])
+            await send(message)
+
+        return await self._app(scope, receive, send_counted)
 
 
 class ApiKey:

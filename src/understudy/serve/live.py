@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -25,23 +25,14 @@ from starlette.types import Receive, Scope, Send
 
 from understudy.batch import Ask, Busy, Report, Snapshot, StepReport
 from understudy.core import Counters
-from understudy.engine import Engine
 from understudy.model import experts_per_token
 from understudy.serve.cache_view import RESIDENT, CacheView
+from understudy.serve.served import Batch
 
 PERIOD = 0.25  # seconds between pictures
 MOST_WATCHERS = 16
 HOTTEST = 63  # six bits of a cell; the other two are its state
 LEVELS_PER_DOUBLING = 5  # of the uses; 63 are some 6,000 uses
-
-
-class Batch(Protocol):
-    """What is watched: `batch.engine.BatchEngine`."""
-
-    engine: Engine
-    context: int
-
-    def snapshot(self) -> Snapshot: ...
 
 
 class Live:
@@ -145,8 +136,8 @@ class Live:
 
 
 def routes(find: Callable[[], Live]) -> APIRouter:
-    """``/understudy/model``, ``/understudy/layers``, ``/understudy/live``. ``find``: called for
-    each request; raises what a client is to be told while there is no model."""
+    """The addresses under ``/understudy``; ``live`` answers with server-sent events. ``find``:
+    called for each request; raises what a client is to be told while there is no model."""
     router = APIRouter(prefix="/understudy", tags=["understudy"])
 
     @router.get("/model")
@@ -159,9 +150,9 @@ def routes(find: Callable[[], Live]) -> APIRouter:
         """Lookups and residents of each layer; the sum over layers is what `/metrics` says."""
         return JSONResponse({"layers": find().layers()})
 
-    @router.get("/live", response_class=_Pictures)
+    # Not in the schema: whoever tries every address there would watch for ever.
+    @router.get("/live", include_in_schema=False)
     async def live() -> Response:
-        """Server-sent events: a picture of the engine four times a second."""
         return _Pictures(find())
 
     return router
@@ -225,6 +216,7 @@ class Camera:
             "prompt_tokens": tokens.prompts - earlier.prompts,
             "new_tokens": tokens.answers - earlier.answers,
             "speculating": self._cache.speculating,
+            "layers": self._cache.lookups(),
             **_since(counters - before),
             **self._cells(moment - then),
         }

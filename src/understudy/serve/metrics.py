@@ -9,7 +9,6 @@ snapshot while it is scraped; what it only reports (tokens, latencies) is summed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,8 +23,8 @@ from prometheus_client.registry import Collector
 
 from understudy.batch import Ask, Report, Snapshot, StepReport
 from understudy.core import Counters
-from understudy.engine import Engine
 from understudy.serve.cache_view import CacheView
+from understudy.serve.served import Batch
 
 # A second series beside each counter and histogram, which nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -47,15 +46,6 @@ WHOLE_REQUEST = (
     0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0,
     60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
-
-
-class Batch(Protocol):
-    """What is scraped: `batch.engine.BatchEngine`."""
-
-    engine: Engine
-    context: int
-
-    def snapshot(self) -> Snapshot: ...
 
 
 class Metrics:

@@ -6,25 +6,13 @@ Knows: its parts, and that they are made before there is a model. Does not know:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from fastapi import APIRouter
 
-from understudy.batch import Observer, Snapshot
-from understudy.engine import Engine
 from understudy.serve import live, web
 from understudy.serve.live import Live
 from understudy.serve.metrics import Metrics
-
-
-class Batch(Protocol):
-    """What is looked at: `batch.engine.BatchEngine`."""
-
-    engine: Engine
-    context: int
-
-    def snapshot(self) -> Snapshot: ...
-    def add_observer(self, observer: Observer) -> None: ...
+from understudy.serve.served import Batch
 
 
 class Outside:

@@ -27,8 +27,11 @@ from fastapi import FastAPI
 from understudy.core import UnderstudyError
 from understudy.serve.app import create_app
 from understudy.serve.connections import bounded
-from understudy.serve.served import Batch, Served, Stage
+from understudy.serve.outside import Outside
+from understudy.serve.served import Batch, Metrics, Served, Stage
 from understudy.serve.settings import Settings
+from understudy.serve.tracing import Tracing
+from understudy.serve.tracing import tracing as tracing_to
 
 log = logging.getLogger("understudy.serve")
 
@@ -55,7 +58,8 @@ def listen(host: str, port: int) -> socket.socket:
     """The server's socket; the port may be 0, for any that is free."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
+        # Of localhost's two addresses the one that clients write as 127.0.0.1.
+        family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -68,8 +72,16 @@ class Server(uvicorn.Server):
     """uvicorn with a beginning before the model and an end after the last answer."""
 
     def __init__(
-        self, settings: Settings, start: Start, say: Say, stage: Stage, app: FastAPI
+        self,
+        settings: Settings,
+        start: Start,
+        say: Say,
+        stage: Stage,
+        app: FastAPI,
+        observe: Callable[[Batch], Metrics | None] = lambda batch: None,
+        tracing: Tracing | None = None,
     ) -> None:
+        """``observe``: what looks at the engine from outside, as soon as it is there."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -84,7 +96,7 @@ class Server(uvicorn.Server):
             )
         )
         self._settings, self._start, self._say = settings, start, say
-        self._stage, self._app = stage, app
+        self._stage, self._observe, self._tracing = stage, observe, tracing
         self._signals = 0
         self._port = settings.port
         self._loop: asyncio.AbstractEventLoop
@@ -103,18 +115,19 @@ class Server(uvicorn.Server):
         """In its own thread: the loop answers that it is loading."""
         try:
             batch = self._start(self._say)
-            served = Served.of(batch, self._settings)
+            served = Served.of(batch, self._settings, self._tracing)
+            metrics = self._observe(batch)
         except BaseException as error:
             self._on_loop(self._give_up, error)
         else:
-            self._on_loop(self._open, served)
+            self._on_loop(self._open, served, metrics)
 
     def _on_loop(self, what: Callable[..., None], *arguments: Any) -> None:
         with suppress(RuntimeError):  # the server has left meanwhile
             self._loop.call_soon_threadsafe(what, *arguments)
 
-    def _open(self, served: Served) -> None:
-        self._stage.open(served)
+    def _open(self, served: Served, metrics: Metrics | None) -> None:
+        self._stage.open(served, metrics)
         self._say(ready(self._settings, served, self._port))
 
     def _give_up(self, error: BaseException) -> None:
@@ -166,9 +179,14 @@ def serve(settings: Settings, start: Start, say: Say, listener: socket.socket) -
     """Serve until a signal comes. False: it had to leave before everything was in order, and
     threads may still be at work. Raises what loading raised."""
     stage = Stage()
-    app = create_app(stage, settings)
-    server = Server(settings, start, say, stage, app)
+    outside = Outside(settings.names[0], stage.require)
+    page = (outside.routers, outside.open_paths) if settings.page else ((), ())
+    tracing = tracing_to(settings.traces_endpoint, settings.names[0])
+    app = create_app(stage, settings, routers=page[0], open_paths=page[1])
+    server = Server(settings, start, say, stage, app, outside.open, tracing)
     asyncio.run(server.serve(sockets=[listener]))
+    if tracing is not None:
+        tracing.close()
     if server.failure is not None:
         raise server.failure
     return not server.force_exit and (stage.opened is None or _closed(stage.opened.batch))

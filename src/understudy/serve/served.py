@@ -19,18 +19,17 @@ from understudy.batch.tools import ToolFormat
 from understudy.serve.collected import Spelling
 from understudy.serve.errors import Problem, unavailable
 from understudy.serve.settings import Settings
+from understudy.serve.tracing import Tracing
 
 
 class Batch(Protocol):
     """What the HTTP side needs of `batch.engine.BatchEngine`; tests bring their own."""
 
+    engine: Any
+    tokenizer: Any
     context: int
     vocab_size: int
 
-    @property
-    def engine(self) -> Any: ...
-    @property
-    def tokenizer(self) -> Any: ...
     @property
     def eos_ids(self) -> Collection[int]: ...
 
@@ -53,10 +52,11 @@ class Served:
     tools: ToolFormat
     spelling: Spelling
     most_characters: int
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, batch: Batch, settings: Settings) -> Served:
+    def of(cls, batch: Batch, settings: Settings, tracing: Tracing | None = None) -> Served:
         """May take a second: not on the loop."""
         tokenizer = batch.tokenizer
         longest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -64,9 +64,10 @@ class Served:
             batch,
             settings,
             Grammars(tokenizer, batch.vocab_size, batch.eos_ids),
-            ToolFormat.of(settings.tool_call_parser, tokenizer),
+            ToolFormat.of(settings.tool_call_parser, tokenizer, settings.chat_template),
             Spelling(tokenizer),
             most_characters=2 * longest * batch.context,  # twice: a normalizer may shorten a text
+            tracing=tracing,
         )
 
     @property
@@ -109,6 +110,11 @@ class Stage:
     def open(self, served: Served, metrics: Metrics | None = None) -> None:
         """The model is loaded."""
         self._served, self.metrics = served, metrics
+
+    def count(self, handler: str, status: int) -> None:
+        """A response has left; those before the model is there are nobody's business."""
+        if self.metrics is not None:
+            self.metrics.on_response(handler, status)
 
     @property
     def opened(self) -> Served | None:

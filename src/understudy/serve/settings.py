@@ -47,6 +47,8 @@ class Settings:
     heartbeat: float = 5.0  # of a silent stream; also how often a silent engine is looked at
     backlog: int = 4096  # steps that a reader may lag behind
     access_log: bool = True
+    page: bool = True
+    traces_endpoint: str | None = None  # of an OpenTelemetry collector
 
 
 def name_of(model: str) -> str:

@@ -7,7 +7,8 @@ looks like (`forms.Form` does: a chat or a completion).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -18,6 +19,7 @@ from understudy.serve.errors import Problem, problem_of
 from understudy.serve.forms import Form
 from understudy.serve.intake import client_gone
 from understudy.serve.served import Served
+from understudy.serve.tracing import RequestSpan
 
 PING = b": ping\n\n"  # a comment: clients skip it, proxies see that somebody is still there
 
@@ -37,10 +39,11 @@ async def answer(
     handed_over = False
     try:
         form = await unless_gone(request, asyncio.to_thread(begin))
+        span = form.trace(served.tracing, request.headers) if served.tracing else None
         if stream:
             handed_over = True
-            return EventStream(answers, form)
-        return await unless_gone(request, _together(answers, form))
+            return EventStream(answers, form, span)
+        return await unless_gone(request, _together(answers, form, span))
     except ClientGone:
         return client_gone()
     finally:
@@ -48,10 +51,24 @@ async def answer(
             answers.close()
 
 
-async def _together(answers: Answers, form: Form) -> Response:
-    async for arrived in answers.deltas(len(form.asks)):
-        if arrived is not None:
-            form.add(*arrived)
+@contextmanager
+def _traced(form: Form, span: RequestSpan | None) -> Iterator[None]:
+    """What happens in the block is what ``span`` will tell."""
+    try:
+        yield
+    except BaseException as error:
+        if span is not None:
+            span.fail(error)
+        raise
+    if span is not None:
+        form.end_trace(span)
+
+
+async def _together(answers: Answers, form: Form, span: RequestSpan | None) -> Response:
+    with _traced(form, span):
+        async for arrived in answers.deltas(len(form.asks)):
+            if arrived is not None:
+                form.add(*arrived)
     body = await asyncio.to_thread(lambda: form.whole().model_dump_json())
     return Response(body, media_type="application/json")
 
@@ -61,9 +78,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answers: Answers, form: Form) -> None:
+    def __init__(self, answers: Answers, form: Form, span: RequestSpan | None) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(answers, form), headers=headers)
+        super().__init__(_events(answers, form, span), headers=headers)
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,14 +90,14 @@ class EventStream(StreamingResponse):
             self._answers.close()
 
 
-async def _events(answers: Answers, form: Form) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, form: Form, span: RequestSpan | None) -> AsyncIterator[bytes]:
     try:
-        async for arrived in answers.deltas(len(form.asks)):
-            if arrived is None:
-                yield PING
-                continue
-            for piece in form.pieces(*arrived):
-                yield _event(piece.model_dump_json())
+        with _traced(form, span):
+            async for arrived in answers.deltas(len(form.asks)):
+                for piece in form.pieces(*arrived) if arrived else ():
+                    yield _event(piece.model_dump_json())
+                if arrived is None:
+                    yield PING
         for piece in form.closing():
             yield _event(piece.model_dump_json())
     except Exception as error:  # the status is sent already; the stream itself must say it

@@ -23,7 +23,7 @@ from understudy.batch.text import (
 from understudy.core import UnderstudyError
 
 HALF = "\ufffd"
-TRIES = settings(max_examples=120, deadline=None, derandomize=True)
+TRIES = settings(max_examples=60, deadline=None, derandomize=True)
 
 # Texts with characters of one to four bytes, tokens in any order, and bytes that are no character.
 TEXTS = st.text(st.sampled_from("ab \n,.é漢字😀👩‍🚀\u0301"), max_size=6)
@@ -161,7 +161,7 @@ PIECES = st.lists(st.text("abc", max_size=3), max_size=8)
 
 
 @given(pieces=PIECES, stops=STOPS, include=st.booleans(), immune=st.integers(0, 4))
-@settings(TRIES, max_examples=600)
+@settings(TRIES, max_examples=300)
 def test_stop_strings_do_not_depend_on_the_pieces(
     pieces: list[str], stops: list[str], include: bool, immune: int
 ) -> None:

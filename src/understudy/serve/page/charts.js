@@ -1,8 +1,8 @@
-// Small charts of the last minute and a half: stacked areas, or one line. They share one clock.
+// Small charts of the last minute: stacked areas, or one line. They share one clock.
 
 import { colours } from "./colours.js";
 
-const SPAN = 90; // seconds shown
+const SPAN = 60; // seconds shown
 const PAD = 2; // pixels
 
 let palette = null;

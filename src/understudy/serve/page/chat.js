@@ -180,7 +180,7 @@ class Answer {
     const { usage, experts } = this;
     const found = [];
     if (!this.finished) found.push("stopped");
-    if (this.finished === "length") found.push("cut at the most tokens");
+    if (this.finished === "length") found.push("cut short");
     if (experts) {
       found.push(`first token ${milliseconds(experts.ttft_seconds)}`);
       if (experts.tpot_seconds > 0) found.push(`${(1 / experts.tpot_seconds).toFixed(1)} tokens/s`);

@@ -6,7 +6,6 @@ import { ask, events } from "./stream.js";
 import { bytes, count, percent, rate } from "./words.js";
 
 const WINDOW = 3; // seconds that a number speaks about
-const LAYERS_EVERY = 2; // seconds
 const PATIENCE = [1, 2, 4, 8]; // seconds between attempts to connect
 
 const WHY = { loading: "loading the model", draining: "shutting down", engine_dead: "the engine has stopped" };
@@ -59,29 +58,17 @@ export class Live {
   async watch(signal) {
     const facts = await (await ask("understudy/model", { signal })).json();
     this.setModel(facts);
-    this.countLayers(signal);
     for await (const data of events(await ask("understudy/live", { signal }))) {
       this.attempt = 0;
       this.show(JSON.parse(data));
     }
   }
 
-  // What each layer found in memory, since the load. Not worth a complaint where it cannot be had.
-  async countLayers(signal) {
-    while (!signal.aborted) {
-      try {
-        const { layers } = await (await ask("understudy/layers", { signal })).json();
-        this.map.count(layers);
-      } catch {
-        return;
-      }
-      await new Promise((resolve) => setTimeout(resolve, 1000 * LAYERS_EVERY));
-    }
-  }
-
   setModel(facts) {
     this.facts = facts;
     this.map.setModel(facts);
+    byId("budget").replaceChildren();
+    byId("budget-parts").replaceChildren();
     this.cells = facts.layers.reduce((total, layer) => total + layer.experts, 0);
     byId("slow-tier").textContent = facts.tiers.slow === "disk" ? "on disk" : `in ${facts.tiers.slow} memory`;
     this.onModel(facts);
@@ -91,7 +78,7 @@ export class Live {
     this.time = (this.time ?? 0) + picture.seconds;
     this.recent.push(picture);
     while (this.recent.length > 1 && sum(this.recent.slice(1), "seconds") >= WINDOW) this.recent.shift();
-    this.map.show(Uint8Array.from(atob(picture.cells), (letter) => letter.charCodeAt(0)));
+    this.map.show(Uint8Array.from(atob(picture.cells), (letter) => letter.charCodeAt(0)), picture.layers);
     this.chart(picture);
     this.summarise(picture);
     this.budget(picture);

@@ -36,6 +36,8 @@ export class ExpertMap {
   }
 
   setModel(facts) {
+    Object.assign(this, { cells: null, cursor: null, counted: null });
+    this.arrivals.clear();
     this.layers = facts.layers;
     this.slow = facts.tiers.slow;
     this.widest = Math.max(...facts.layers.map((layer) => layer.experts));
@@ -66,9 +68,10 @@ export class ExpertMap {
 
   // ------------------------------------------------------------------------------- what is shown
 
-  show(cells) {
+  // cells: a byte each; counted: hits, late and misses of each layer
+  show(cells, counted) {
     const before = this.cells;
-    this.cells = cells;
+    Object.assign(this, { cells, counted });
     const now = performance.now();
     let hottest = 0;
     for (let i = 0; i < cells.length; i++) {
@@ -80,12 +83,6 @@ export class ExpertMap {
     this.draw();
     if (this.cursor) this.tell();
     this.move();
-  }
-
-  // layers: of each what /understudy/layers says
-  count(layers) {
-    this.counted = layers;
-    this.draw();
   }
 
   draw() {
@@ -129,16 +126,15 @@ export class ExpertMap {
   drawBars() {
     const { context, palette, pitch, gap } = this;
     const height = Math.min(pitch - gap, 8);
-    this.counted?.forEach((layer, row) => {
-      const lookups = layer.hits + layer.late + layer.misses;
-      if (!lookups) return;
+    this.counted?.forEach((counts, row) => {
+      const lookups = sum(counts);
       let x = this.bars;
-      for (const name of ["hits", "late", "misses"]) {
-        const width = (FOUND * layer[name]) / lookups;
+      ["hits", "late", "misses"].forEach((name, i) => {
+        const width = lookups ? (FOUND * counts[i]) / lookups : 0;
         context.fillStyle = palette[name];
         context.fillRect(x, TOP + row * pitch + (pitch - gap - height) / 2, width, height);
         x += width;
-      }
+      });
     });
   }
 
@@ -268,9 +264,8 @@ export class ExpertMap {
   }
 
   found(layer) {
-    const counted = this.counted?.[layer];
-    const lookups = counted ? counted.hits + counted.late + counted.misses : 0;
-    return lookups ? `The layer found ${percent(counted.hits / lookups)} in memory.` : "";
+    const counts = this.counted?.[layer] ?? [0];
+    return sum(counts) ? `The layer found ${percent(counts[0] / sum(counts))} in memory.` : "";
   }
 
   hottest(most) {
@@ -278,6 +273,8 @@ export class ExpertMap {
     return order.slice(0, most).filter((i) => this.cells[i] & HOTTEST).map((i) => this.place(i));
   }
 }
+
+const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 function lately(level) {
   const uses = Math.round(2 ** (level / LEVELS_PER_DOUBLING) - 1);

@@ -2,6 +2,17 @@
 
 const KEY = "understudy-api-key";
 
+let key = remembered();
+
+// Storage may be forbidden; then the key lasts as long as the page.
+function remembered() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return null;
+  }
+}
+
 export class Refusal extends Error {
   constructor(status, message, code = null) {
     super(message);
@@ -9,14 +20,18 @@ export class Refusal extends Error {
   }
 }
 
-export function setKey(key) {
-  sessionStorage.setItem(KEY, key);
+export function setKey(typed) {
+  key = typed;
+  try {
+    sessionStorage.setItem(KEY, typed);
+  } catch {
+    // see above
+  }
 }
 
 // -> Response; throws a Refusal in the server's own words
 export async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  const key = sessionStorage.getItem(KEY);
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
