@@ -34,7 +34,7 @@ RESERVE_SHARE = 0.1
 # x86 cores). Without it, the expectation for a small model would be a hundred times too high.
 FRAME_SECONDS_PER_LAYER = 0.8e-3
 
-# Of a step of many sequences that tells the logprobs of prompts: they need logits at every position.
+# Of a step that tells the logprobs of prompts, which need logits at every position.
 LOGITS_BYTES = 32 * MIB
 
 # ------------------------------------------------------------------------------ sizes, as written
