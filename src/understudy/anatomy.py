@@ -252,16 +252,18 @@ def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) 
     whole = guest.repeated_kv_bytes(config, context, dtype.itemsize) if on_device else 0
     tokens = min(options.prefill_chunk_size or context, context)
     working = tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
-    return working + _sampling(a, options)
+    return working + _sampling(a, options, tokens)
 
 
-def _sampling(a: Anatomy, options: Options) -> int:
+def _sampling(a: Anatomy, options: Options, tokens: int) -> int:
     """Working memory of picking tokens for many sequences at once: their logits in float32, as the
-    model made them and as a few processors change them."""
-    if options.sequences == 1:
-        return 0
+    model made them and as a few processors change them; or those of a chunk of a prompt whose
+    logprobs are wanted, as the model made them, in float32, and once more while they are read."""
     vocabulary = int(getattr(guest.text_config(a.checkpoint.config), "vocab_size", 0) or 0)
-    return 4 * 4 * options.sequences * vocabulary
+    if options.sequences == 1 or not vocabulary:
+        return 0
+    scored = min(tokens, planning.scored_positions(vocabulary))
+    return 4 * vocabulary * max(4 * options.sequences, 3 * scored)
 
 
 def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:

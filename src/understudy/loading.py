@@ -193,7 +193,7 @@ def _fit(
 
 
 def _gathered(a: Anatomy, o: Options, kv: int) -> int:
-    """Keys and values of one layer, of all sequences: attention reads them out of their pages, and
-    holds them twice for a moment."""
+    """Keys and values of one layer that attention reads out of their pages, and holds twice for a
+    moment: of one sequence at a time, or of all of them, where they slide."""
     layers = int(getattr(guest.text_config(a.checkpoint.config), "num_hidden_layers", 0) or 1)
     return 2 * kv // layers if o.sequences > 1 else 0

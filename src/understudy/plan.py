@@ -34,6 +34,9 @@ RESERVE_SHARE = 0.1
 # x86 cores). Without it, the expectation for a small model would be a hundred times too high.
 FRAME_SECONDS_PER_LAYER = 0.8e-3
 
+# Of a step that tells the logprobs of prompts, which need logits at every position.
+LOGITS_BYTES = 32 * MIB
+
 # ------------------------------------------------------------------------------ sizes, as written
 
 # A bare K, M, G, T is binary, as in `docker --memory 8G`; KB, MB, GB, TB are what disk makers mean.
@@ -229,6 +232,11 @@ def kv_budget(asked: str | int, one: int, sequences: int, left: int, checkpoint_
             one,
         )
     return kv
+
+
+def scored_positions(vocabulary: int) -> int:
+    """Positions of prompts whose logits one step may have, in float32."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
 
 
 def _as_given(total: int) -> str:

@@ -8,6 +8,7 @@ from batch.fake_seats import VOCABULARY, FakeSeats
 
 from understudy.batch import Row
 from understudy.batch.schedule import Entry, Scheduler
+from understudy.plan import LOGITS_BYTES
 
 
 def entry(name: str, tokens: int, *, answers: bool = True, every: bool = False) -> Entry:
@@ -61,7 +62,7 @@ def test_a_prompt_that_cannot_be_cut_comes_whole_though_it_exceeds_the_step() ->
 
 
 def test_logits_of_every_position_are_limited_by_their_memory() -> None:
-    vocabulary = (64 << 20) // 4 // 6  # so that six positions are all there may be in a step
+    vocabulary = LOGITS_BYTES // 4 // 6  # so that six positions are all there may be in a step
     s = scheduler(FakeSeats(), vocab=vocabulary)
     s.add(entry("a", 8, every=True))
     s.add(entry("b", 8, every=True))

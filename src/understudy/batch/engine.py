@@ -196,6 +196,12 @@ class BatchEngine:
                 f"{prompt} prompt tokens and {new} new ones exceed the context of {self.context}; "
                 "shorten the prompt or ask for fewer tokens"
             )
+        scored = self._scheduler.max_every
+        if self.seats.whole_prompts and ask.prompt_logprobs is not None and prompt > scored:
+            raise CannotFit(
+                f"logprobs of {prompt} prompt tokens at once exceed the {scored} that this model "
+                "can have, whose prompts are read whole; shorten the prompt"
+            )
 
     def _require_open(self) -> None:
         if self._error is not None:
