@@ -84,6 +84,26 @@ def test_a_client_that_reads_nothing_is_cut_off(batch: FakeBatch) -> None:
         connection.close()
 
 
+def test_a_client_that_reads_slowly_gets_all(batch: FakeBatch) -> None:
+    """A large answer over a slow network takes longer than a client may be stuck."""
+    batch.context = 1 << 20
+    asked = {"prompt": "Hi", "ignore_eos": True, "max_tokens": 1500, "logprobs": 20}
+    with running(batch, write_timeout=0.2, backlog=1 << 20) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(request(asked, "/v1/completions", "Connection: close\r\n"))
+        got, pause = [connection.recv(65536)], threading.Event()
+        for _ in range(10):
+            pause.wait(0.05)
+            got.append(connection.recv(16384))
+        answer = b"".join(got) + read_all(connection)
+        connection.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head and len(body) > 250_000
+
+
 def test_a_client_that_lags_too_far_behind_is_cut_off(batch: FakeBatch) -> None:
     batch.context, batch.pace = 1 << 20, 0.0002
     with running(batch, backlog=100) as server:
