@@ -319,3 +319,22 @@ def test_a_second_signal_leaves_at_once(batch: FakeBatch) -> None:
 def test_a_port_that_is_taken_is_said_in_one_line(server: Running) -> None:
     with pytest.raises(UnderstudyError, match=f"port {server.port}: Address already in use"):
         run.listen("127.0.0.1", server.port)
+
+
+def test_nor_does_it_wait_for_a_thread_that_is_stuck(
+    batch: FakeBatch, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that takes minutes to compile, a disk that does not answer."""
+    begun = threading.Event()
+
+    def submit(*given: object) -> None:
+        begun.set()
+        gate.wait(20)
+
+    monkeypatch.setattr(batch, "submit", submit)
+    server = Running(lambda say: batch)
+    server.wait_until_ready()
+    with server.connect() as connection:
+        connection.sendall(request(ENDLESS))
+        assert begun.wait(5)
+        server.stop()

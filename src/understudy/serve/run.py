@@ -19,6 +19,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -78,6 +79,14 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class Threads(ThreadPoolExecutor):
+    """Where requests are read and prepared. asyncio would wait at its end for all of them, also for
+    one that is stuck (a grammar without end); whoever asked is gone by then."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+
 class Server(uvicorn.Server):
     """uvicorn with a beginning before the model and an end after the last answer."""
 
@@ -114,6 +123,7 @@ class Server(uvicorn.Server):
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(Threads(thread_name_prefix="understudy-serve"))
         for listener in sockets or ():
             self._port = listener.getsockname()[1]  # not the one asked for, if that was 0
         threading.Thread(target=self._load, name="understudy-load", daemon=True).start()
