@@ -204,7 +204,7 @@ def test_errors_are_the_clients_own_exceptions(ai: Any, batch: FakeBatch) -> Non
     with pytest.raises(openai.BadRequestError, match="context of 512") as told:
         ai.chat.completions.create(model="coarse", messages=USER, max_tokens=5000)
     assert told.value.code == "context_length_exceeded"
-    batch.most = 0
+    batch.full = True
     with pytest.raises(openai.RateLimitError) as told:
         ai.chat.completions.create(model="coarse", messages=USER)
     assert told.value.response.headers["retry-after"] == "2"
