@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from serve.browser import serving
 
-from bench.served import Served
 from docs import pages
+from understudy.batch.opening import start
 from understudy.serve.protocol import ChatRequest, CompletionRequest
 
 PAGE = pages.ROOT / "docs" / "serving.md"
@@ -24,9 +25,11 @@ ADDRESS = "http://127.0.0.1:8000"
 def url() -> Iterator[str]:
     if not FINE.is_dir():
         pytest.skip("models/fine is not here")
-    with Served(FINE, "--memory", "60MiB", "--max-num-seqs", "4") as server:
-        server.wait_until_ready()
-        yield server.url
+    batch = start(FINE, memory="60MiB", max_num_seqs=4)
+    with serving(batch) as address:
+        yield address.rstrip("/")
+    batch.close()
+    batch.engine.close()
 
 
 def test_the_python_of_the_page_runs(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ class FakeBatch:
         self.engine = SimpleNamespace(close=lambda: None, plan=SimpleNamespace(line=lambda: "plan"))
         self.says: Callable[[Ask], str] = lambda ask: WORDS
         self.most = 256  # asks at once
+        self.full = False  # of somebody else's
         self.fails: Exception | None = None  # what every answer ends with
         self.silent = False  # takes asks and never answers
         self.asks: list[Ask] = []
@@ -70,7 +71,7 @@ class FakeBatch:
                 raise EngineDied(f"/secret/path: {self._error}")
             if self._draining:
                 raise Draining("going")
-            if len(self._running) >= self.most:
+            if self.full or len(self._running) >= self.most:
                 raise Busy("too many", retry_after=2)
             ticket = Ticket(ask, sink, self._answer(ask))
             self.asks.append(ask)

@@ -8,6 +8,8 @@ import pytest
 from serve.conftest import Client
 from serve.fake_batch import FakeBatch, logprob
 
+from understudy.batch import Ask
+
 
 def complete(client: Client, prompt: Any, **more: Any) -> dict[str, Any]:
     response = client.post("/v1/completions", {"prompt": prompt, "max_tokens": 2, **more})
@@ -104,9 +106,17 @@ def test_too_much_is_refused(client: Client, batch: FakeBatch) -> None:
 
 
 def test_one_refusal_takes_the_others_with_it(client: Client, batch: FakeBatch) -> None:
-    batch.most, batch.silent = 2, True
+    batch.most, batch.silent = 3, True
+    batch.submit(Ask((1,), 1), lambda delta: None)
     response = client.post("/v1/completions", {"prompt": ["a", "b", "c"]})
     assert response.status_code == 429 and batch.cancelled == 2
+
+
+def test_more_than_ever_fits_is_not_told_to_try_later(client: Client, batch: FakeBatch) -> None:
+    batch.most = 2
+    response = client.post("/v1/completions", {"prompt": ["a", "b", "c"]})
+    assert response.status_code == 400 and not batch.asks
+    assert "at most 2 at once" in response.json()["error"]["message"]
 
 
 def test_tokenize_and_back(client: Client, tokenizer: Any) -> None:

@@ -84,6 +84,26 @@ def test_a_client_that_reads_nothing_is_cut_off(batch: FakeBatch) -> None:
         connection.close()
 
 
+def test_a_client_that_reads_slowly_gets_all(batch: FakeBatch) -> None:
+    """A large answer over a slow network takes longer than a client may be stuck."""
+    batch.context = 1 << 20
+    asked = {"prompt": "Hi", "ignore_eos": True, "max_tokens": 1500, "logprobs": 20}
+    with running(batch, write_timeout=0.2, backlog=1 << 20) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(5)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(request(asked, "/v1/completions", "Connection: close\r\n"))
+        got, pause = [connection.recv(65536)], threading.Event()
+        for _ in range(10):
+            pause.wait(0.05)
+            got.append(connection.recv(16384))
+        answer = b"".join(got) + read_all(connection)
+        connection.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert f"content-length: {len(body)}".encode() in head and len(body) > 250_000
+
+
 def test_a_client_that_lags_too_far_behind_is_cut_off(batch: FakeBatch) -> None:
     batch.context, batch.pace = 1 << 20, 0.0002
     with running(batch, backlog=100) as server:
@@ -299,3 +319,22 @@ def test_a_second_signal_leaves_at_once(batch: FakeBatch) -> None:
 def test_a_port_that_is_taken_is_said_in_one_line(server: Running) -> None:
     with pytest.raises(UnderstudyError, match=f"port {server.port}: Address already in use"):
         run.listen("127.0.0.1", server.port)
+
+
+def test_nor_does_it_wait_for_a_thread_that_is_stuck(
+    batch: FakeBatch, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar that takes minutes to compile, a disk that does not answer."""
+    begun = threading.Event()
+
+    def submit(*given: object) -> None:
+        begun.set()
+        gate.wait(20)
+
+    monkeypatch.setattr(batch, "submit", submit)
+    server = Running(lambda say: batch)
+    server.wait_until_ready()
+    with server.connect() as connection:
+        connection.sendall(request(ENDLESS))
+        assert begun.wait(5)
+        server.stop()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from serve.conftest import Client
 from serve.fake_batch import FakeBatch
@@ -49,6 +52,28 @@ def test_every_response_has_the_id_of_its_request(client: Client) -> None:
         assert own.headers["x-request-id"] == "mine-1"
     strange = client.get("/health", headers={"x-request-id": "a b" * 100})
     assert len(strange.headers["x-request-id"]) == 32
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_nobody_has_foreseen_is_an_answer_like_any_other(
+    batch: FakeBatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client(batch, allowed_origins=("http://ui.example",))
+    counted: list[tuple[str, int]] = []
+    counting: Any = SimpleNamespace(on_response=lambda *told: counted.append(told))
+    client.stage.metrics = counting
+
+    @client.app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("/secret/path")
+
+    headers = {"Origin": "http://ui.example", "x-request-id": "mine"}
+    response = client.get("/broken", headers=headers)
+    assert (response.status_code, response.headers["x-request-id"]) == (500, "mine")
+    assert response.headers["access-control-allow-origin"] == "http://ui.example"
+    assert response.json()["error"]["code"] == "internal_error" and "secret" not in response.text
+    assert counted == [("/broken", 500)]
+    assert len(caplog.records) == 1 and "/secret/path" in caplog.text
 
 
 def test_pages_of_other_sites_are_kept_out(client: Client) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
+import pytest
 from serve.conftest import Client
 from serve.fake_batch import FakeBatch
 
@@ -170,6 +171,48 @@ def check(response: httpx.Response, path: str, body: bytes) -> None:
     assert len(response.content) < 2000, what
     for leak in ("Traceback", "/root", "site-packages", "pydantic", "0x7"):
         assert leak not in response.text, what
+
+
+# What costs more than the body it came in: measured in CPU time, and far below what it once took.
+COSTLY: dict[str, tuple[str, bytes, str]] = {
+    "a key twice among many": (
+        TEXT,
+        b"{%s, \"x\": 0, \"x\": 0}" % b", ".join(b'"%d": 0' % i for i in range(20_000)),
+        "more than 4096 keys",
+    ),
+    "fields by the hundred thousand": (
+        TEXT, b"{%s}" % b", ".join(b'"%d": 0' % i for i in range(200_000)), "more than 4096 keys",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_small_body_costs_little(client: Client, name: str) -> None:
+    path, body, said = COSTLY[name]
+    before = time.process_time()
+    response = client.send("POST", path, content=body, headers=JSON)
+    assert time.process_time() - before < 1
+    assert response.status_code == 400 and said in response.json()["error"]["message"]
+
+
+def history(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"messages": [{"role": "user", "content": "Hi"}, said], "max_tokens": 1}
+
+
+def test_arguments_of_a_call_that_are_no_arguments(client: Client) -> None:
+    for wrong in ("[" * 100_000, '{"a":' * 5_000, '"\\ud800"', "9" * 5000):
+        check(client.post(CHAT, history(wrong)), CHAT, wrong[:20].encode())
+
+
+def test_arguments_are_a_part_of_the_prompt(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megabytes are refused before anybody tries to tokenize them."""
+    monkeypatch.setattr(type(client.stage.require().tools), "render", pytest.fail)
+    response = client.post(CHAT, history("word and " * 100_000))
+    assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_what_is_json_is_read() -> None:

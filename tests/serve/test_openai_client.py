@@ -171,6 +171,16 @@ def test_a_tool_is_called_in_a_stream(ai: Any, calling: FakeBatch) -> None:
     assert len(ids) == 1 and finishes == ["tool_calls"]
 
 
+def test_a_delta_has_one_piece_of_each_call(ai: Any, batch: FakeBatch) -> None:
+    """As OpenAI sends them, also where name and arguments come with the same token."""
+    batch.says = lambda ask: '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+    chunks = ai.chat.completions.create(model="coarse", messages=USER, tools=[TOOL], stream=True)
+    called = [calls for chunk in chunks if (calls := chunk.choices[0].delta.tool_calls)]
+    for calls in called:
+        assert len({call.index for call in calls}) == len(calls)
+    assert "".join(call.function.arguments for calls in called for call in calls) == "{}"
+
+
 def test_the_conversation_goes_on_after_a_call(ai: Any, calling: FakeBatch) -> None:
     made = ai.chat.completions.create(model="coarse", messages=USER, tools=[TOOL])
     message = made.choices[0].message
@@ -204,7 +214,7 @@ def test_errors_are_the_clients_own_exceptions(ai: Any, batch: FakeBatch) -> Non
     with pytest.raises(openai.BadRequestError, match="context of 512") as told:
         ai.chat.completions.create(model="coarse", messages=USER, max_tokens=5000)
     assert told.value.code == "context_length_exceeded"
-    batch.most = 0
+    batch.full = True
     with pytest.raises(openai.RateLimitError) as told:
         ai.chat.completions.create(model="coarse", messages=USER)
     assert told.value.response.headers["retry-after"] == "2"

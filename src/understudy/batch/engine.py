@@ -127,12 +127,17 @@ class BatchEngine:
             ticket.prompt_logprobs.append(None)
         with self._wake:
             self._require_open()
-            if self._pending >= self.max_num_seqs + self.max_queue:
+            if self._pending >= self.most:
                 raise Busy(f"{self._pending} requests are running or waiting already; try later")
             self._pending += 1
             self._inbox.append(ticket)
             self._wake.notify()
         return ticket
+
+    @property
+    def most(self) -> int:
+        """Asks that run and wait at once; one more is refused."""
+        return self.max_num_seqs + self.max_queue
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody wants it any more: its place is free within one step. Harmless when it is over."""

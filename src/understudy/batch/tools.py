@@ -64,8 +64,7 @@ class ToolFormat:
     def of(cls, name: str, tokenizer: Any, chat_template: str | None = None) -> ToolFormat:
         """``name``: hermes, json, mistral, or auto: by the look of the chat template.
         ``chat_template``: in place of the tokenizer's own."""
-        if name != "auto" and name not in FORMS:
-            raise UnknownName(f"tool calls are known as auto, {', '.join(FORMS)}; not as {name!r}")
+        require_form(name)
         template = _Template(tokenizer, chat_template)
         shows = template.shows_tools()
         found = FORMS.get(name) or (template.form() if shows else None)
@@ -170,8 +169,16 @@ def _object(function: Mapping[str, Any]) -> Any:
     arguments = function.get("arguments") or {}
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments  # the client's own text: the model is shown what it was
+
+
+def require_form(name: str) -> None:
+    """``name`` is one that `ToolFormat.of` knows."""
+    if name != "auto" and name not in FORMS:
+        raise UnknownName(
+            f"unknown form of tool calls {name!r}; --tool-call-parser is auto, {', '.join(FORMS)}"
+        )
 
 
 class _Template:

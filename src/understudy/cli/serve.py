@@ -117,20 +117,19 @@ def serve(
     options: EngineOptions,
 ) -> None:
     """Serve a model through OpenAI's API."""
-    from understudy.plan import parse_memory
     from understudy.serve import run
     from understudy.serve.settings import Settings, name_of
 
     settings = Settings(
         model=model,
-        names=tuple(served_model_name or [name_of(model)]),
+        names=checked_names(served_model_name or [name_of(model)]),
         host=host,
         port=port,
         api_key=checked_key(api_key),
         allowed_origins=tuple(allowed_origins or ()),
         chat_template=template_in(chat_template),
         tool_call_parser=tool_call_parser,
-        max_body_size=parse_memory(max_body_size, 0, free=lambda: 0),
+        max_body_size=checked_size(max_body_size),
         write_timeout=write_timeout,
         request_timeout=request_timeout,
         drain_timeout=drain_timeout,
@@ -157,6 +156,21 @@ def serve(
 
     if not run.serve(settings, start, screen.say, listener):
         raise KeyboardInterrupt
+
+
+def checked_names(names: list[str]) -> tuple[str, ...]:
+    if not all(name.strip() for name in names):
+        raise UnderstudyError("--served-model-name is empty; leave it out or say a name")
+    return tuple(names)
+
+
+def checked_size(text: str) -> int:
+    """Bytes; a share of something, or what is free, is no size of a request."""
+    from understudy.plan import parse_memory
+
+    if text.strip().lower() == "auto" or "%" in text:
+        raise UnderstudyError(f"--max-body-size cannot be {text!r}; write 8MiB, or bytes")
+    return parse_memory(text, 0)
 
 
 def checked_key(key: str | None) -> str | None:

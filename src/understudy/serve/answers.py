@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from understudy.batch import Ask, Delta, EngineDied
-from understudy.serve.errors import Problem, problem_of, unavailable
+from understudy.serve.errors import Problem, invalid, problem_of, unavailable
 from understudy.serve.served import Served
 
 T = TypeVar("T")
@@ -48,6 +48,11 @@ class Answers:
     def submit(self, asks: Sequence[Ask]) -> None:
         """All or nothing: raises the first refusal. May run in a thread, and may be left there by
         a client that goes away meanwhile."""
+        if len(asks) > self._batch.most:  # else it would be told to try later, for ever
+            raise invalid(
+                f"{len(asks)} answers are wanted; this server takes at most {self._batch.most} "
+                "at once, waiting ones included"
+            )
         for number, ask in enumerate(asks):
             ticket = self._batch.submit(ask, partial(self._from_engine, number))
             with self._lock:

@@ -50,6 +50,7 @@ def _stand_before(
 ) -> None:
     """The last one added meets a request first: even a refused one has a name, and tells a browser
     what it may read."""
+    app.add_middleware(gate.Caught)
     if settings.api_key is not None:
         app.add_middleware(gate.ApiKey, key=settings.api_key, open_paths=gate.OPEN | open_paths)
     app.add_middleware(gate.Counted, count=stage.count)

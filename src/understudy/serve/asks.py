@@ -17,10 +17,22 @@ from understudy.batch import Ask, Grammar, Sampling
 from understudy.batch.tools import Named
 from understudy.core import UnderstudyError
 from understudy.serve.errors import Problem, invalid, require
-from understudy.serve.protocol import ChatRequest, Conversation, Generation, NamedTool
+from understudy.serve.protocol import (
+    ChatRequest,
+    Conversation,
+    FromAssistant,
+    Generation,
+    NamedTool,
+)
 from understudy.serve.served import Served
 
 SEEDS = 1 << 63
+
+# How a template fails at messages that it was not made for: as any program does.
+TEMPLATE_FAILS = (
+    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    RecursionError,
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------- prompts
 
@@ -33,9 +45,9 @@ def text_tokens(served: Served, text: str, add_special_tokens: bool | None) -> t
     return tuple(encoded["input_ids"])
 
 
-def require_short(served: Served, text: str) -> None:
+def require_short(served: Served, *texts: str) -> None:
     """Refuse what no tokenizer could squeeze into the context, before one tries to."""
-    if len(text) > served.most_characters:
+    if sum(map(len, texts)) > served.most_characters:
         raise too_long("far too many", served)
 
 
@@ -60,7 +72,7 @@ def known_tokens(served: Served, tokens: list[int]) -> tuple[int, ...]:
 
 def conversation_tokens(served: Served, body: Conversation, with_tools: bool) -> tuple[int, ...]:
     """A conversation -> token ids, through the chat template."""
-    require_short(served, "".join(message.content or "" for message in body.messages))
+    require_short(served, *texts_of(body, with_tools))
     template = served.settings.chat_template
     if not (template or getattr(served.tokenizer, "chat_template", None)):
         raise invalid(
@@ -77,10 +89,20 @@ def conversation_tokens(served: Served, body: Conversation, with_tools: bool) ->
         return tuple(served.tools.render(served.tokenizer, messages, tools, **arguments))
     except UnderstudyError:
         raise
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except TEMPLATE_FAILS as error:
         # The template is a program of the model's makers; what it says is all there is to know.
         reason = " ".join(str(error).split())[:200]
         raise invalid(f"the chat template refuses these messages: {reason}", "messages") from error
+
+
+def texts_of(body: Conversation, with_tools: bool) -> Iterator[str]:
+    """What a template shows of a conversation, whichever it is."""
+    for message in body.messages:
+        yield message.content or ""
+        calls = message.tool_calls if isinstance(message, FromAssistant) else None
+        yield from (call.function.arguments for call in calls or ())
+    for tool in (body.tools or ()) if with_tools else ():
+        yield tool.function.description or ""
 
 
 def template_arguments(tokenizer: Any, body: Conversation) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Knows: OpenAI's chat. Does not know: how a stream is sent, how a tool call is wr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -81,7 +81,10 @@ class ChatForm(Form):
         content, pieces = self._heard[number].hear(
             Delta(text=answer.text, finish="stop")  # all of it at once
         )
-        calls = joined(pieces)
+        calls = [
+            shapes.CalledTool(id=piece.id, type="function", function=piece.function)
+            for piece in pieces
+        ]
         logprobs = None
         if self._logprobs:
             logprobs = shapes.ChatLogprobs(content=chat_logprobs(self._spelling, answer.logprobs))
@@ -125,7 +128,19 @@ class Heard:
         if delta.last:
             events = [*events, *self._parser.finish()]
         content = "".join(event.text for event in events if isinstance(event, Content))
-        return content, [_piece(event) for event in events if isinstance(event, ToolCallDelta)]
+        return content, joined(event for event in events if isinstance(event, ToolCallDelta))
+
+
+def joined(events: Iterable[ToolCallDelta]) -> list[shapes.CalledToolPiece]:
+    """What a step has added to each call: one piece for each, as OpenAI sends them."""
+    pieces: dict[int, shapes.CalledToolPiece] = {}
+    for event in events:
+        known = pieces.get(event.index)
+        if known is None:
+            pieces[event.index] = _piece(event)
+        else:
+            known.function.arguments += event.arguments
+    return list(pieces.values())
 
 
 def _piece(event: ToolCallDelta) -> shapes.CalledToolPiece:
@@ -135,16 +150,3 @@ def _piece(event: ToolCallDelta) -> shapes.CalledToolPiece:
         type="function" if event.id else None,
         function=shapes.CalledFunction(name=event.name, arguments=event.arguments),
     )
-
-
-def joined(pieces: Sequence[shapes.CalledToolPiece]) -> list[shapes.CalledTool]:
-    """The pieces of calls -> the calls."""
-    calls: dict[int, shapes.CalledTool] = {}
-    for piece in pieces:
-        known = calls.get(piece.index)
-        if known is None:
-            whole = shapes.CalledTool(id=piece.id, type="function", function=piece.function)
-            calls[piece.index] = whole
-        else:
-            known.function.arguments += piece.function.arguments
-    return list(calls.values())

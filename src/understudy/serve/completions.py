@@ -34,7 +34,11 @@ class CompletionForm(Form):
 
     def __init__(self, served: Served, body: CompletionRequest, experts: bool) -> None:
         n, prompts = body.n or 1, body.prompt
-        require(n * len(prompts) <= MAX_ANSWERS, f"more than {MAX_ANSWERS} answers", "n")
+        require(
+            n * len(prompts) <= MAX_ANSWERS,
+            f"prompts times n exceed {MAX_ANSWERS}",
+            "n",
+        )
         asked = [prompt_ask(served, body, prompt) for prompt in prompts]
         asks = [ask for each in asked for ask in several(each, n)]
         super().__init__(served, body, asks, experts)

@@ -54,7 +54,20 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck = self.loop.call_later(self.settings.write_timeout, self.transport.abort)
+        self._watch_reader(self.transport.get_write_buffer_size())
+
+    def _watch_reader(self, waiting: int) -> None:
+        """A large answer may take a slow network minutes. Only who takes nothing at all of the
+        ``waiting`` bytes is stuck."""
+        patience = self.settings.write_timeout
+        self._stuck = self.loop.call_later(patience, self._require_progress, waiting)
+
+    def _require_progress(self, before: int) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting < before:
+            self._watch_reader(waiting)
+        else:
+            self.transport.abort()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -120,7 +120,8 @@ def require(holds: bool, message: str, param: str | None = None) -> None:
 
 
 def install(app: FastAPI) -> None:
-    """Every error that leaves ``app`` leaves in the envelope."""
+    """Every error that a route raises leaves ``app`` in the envelope. (What is no refusal at all,
+    `gate.Caught` answers.)"""
 
     @app.exception_handler(StarletteHTTPException)
     async def told(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -132,10 +133,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        return problem_of(error).response()
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
         return problem_of(error).response()
 
 

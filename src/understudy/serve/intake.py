@@ -1,7 +1,7 @@
 """From bytes on a socket to a JSON value that nothing further in can trip over.
 
 Knows: how much may come, how long it may take, and what JSON is allowed to be here: UTF-8, no NaN
-or Infinity, no key twice, no half of a surrogate pair, not too deep.
+or Infinity, no key twice, no half of a surrogate pair, not too deep, not too many keys.
 Does not know: what the value should look like (`protocol` does).
 
 `json.loads` is more generous than JSON in all these points, and each generosity has a victim:
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from email.message import Message
 from typing import Any
@@ -22,7 +23,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from understudy.serve.errors import Problem, invalid
-from understudy.serve.settings import MAX_JSON_DEPTH, Settings
+from understudy.serve.settings import MAX_JSON_DEPTH, MAX_JSON_KEYS, Settings
 
 SMALL = 64 << 10
 
@@ -129,10 +130,11 @@ class _NotAllowed(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_JSON_KEYS:
+        raise invalid(f"an object has more than {MAX_JSON_KEYS} keys", code="invalid_json")
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise _NotAllowed(f"the key {twice[:80]!a} comes twice")
     return made
 

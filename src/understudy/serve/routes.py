@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
@@ -31,7 +31,7 @@ from understudy.serve.streaming import answer
 
 Model = Annotated[Served, Depends(served)]
 WantsExperts = Annotated[
-    str | None,
+    Literal["0", "1"] | None,
     Header(alias="X-Understudy", description="1: as ``understudy: true`` in the body."),
 ]
 
@@ -119,12 +119,12 @@ def _tokenized(model: Served, body: TokenizeText | TokenizeChat) -> shapes.Token
         tokens = text_tokens(model, body.prompt, body.add_special_tokens)
     else:
         tokens = conversation_tokens(model, body, with_tools=bool(body.tools))
-    names = list(model.tokenizer.convert_ids_to_tokens(list(tokens)))
+    names = model.tokenizer.convert_ids_to_tokens(list(tokens)) if body.return_token_strs else None
     return shapes.Tokens(
         count=len(tokens),
         max_model_len=model.batch.context,
         tokens=list(tokens),
-        token_strs=names if body.return_token_strs else None,
+        token_strs=names,
     )
 
 

@@ -12,11 +12,14 @@ A second signal leaves at once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -45,7 +48,9 @@ PATIENCE = 10.0  # seconds for the engine to end
 def start_engine(settings: Settings, options: Mapping[str, Any], say: Say) -> Batch:
     """Load the model. ``options``: those of `batch.opening.start`."""
     from understudy.batch.opening import start
+    from understudy.batch.tools import require_form
 
+    require_form(settings.tool_call_parser)  # before anything slow
     return start(settings.model, on_status=say, **options)
 
 
@@ -61,11 +66,25 @@ def listen(host: str, port: int) -> socket.socket:
         # Of localhost's two addresses the one that clients write as 127.0.0.1.
         family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         return socket.create_server(address, family=family, backlog=2048)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except socket.gaierror as error:
         raise UnderstudyError(
-            f"cannot listen on {host} port {port}: {reason}; choose another with --port"
+            f"cannot listen on {host!r}: {error.strerror}; give --host an address of this machine, "
+            "or 0.0.0.0 for all"
         ) from error
+    except OSError as error:
+        wrong = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise UnderstudyError(
+            f"cannot listen on {host} port {port}: {reason}; choose another with {wrong}"
+        ) from error
+
+
+class Threads(ThreadPoolExecutor):
+    """Where requests are read and prepared. asyncio would wait at its end for all of them, also for
+    one that is stuck (a grammar without end); whoever asked is gone by then."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
 
 
 class Server(uvicorn.Server):
@@ -104,6 +123,7 @@ class Server(uvicorn.Server):
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(Threads(thread_name_prefix="understudy-serve"))
         for listener in sockets or ():
             self._port = listener.getsockname()[1]  # not the one asked for, if that was 0
         threading.Thread(target=self._load, name="understudy-load", daemon=True).start()

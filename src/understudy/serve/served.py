@@ -31,6 +31,10 @@ class Batch(Protocol):
     vocab_size: int
 
     @property
+    def most(self) -> int:
+        """Asks that it takes at once, those that wait included."""
+
+    @property
     def eos_ids(self) -> Collection[int]: ...
 
     def submit(self, ask: Ask, sink: Callable[[Delta], None]) -> Any: ...

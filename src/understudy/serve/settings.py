@@ -12,6 +12,7 @@ MIB = 1 << 20
 
 # Bounds that a request meets whatever the model. OpenAI's where OpenAI has one.
 MAX_JSON_DEPTH = 64
+MAX_JSON_KEYS = 4096  # of one object; every wrong one is described before the first is told
 MAX_ANSWERS = 128  # n times prompts
 MAX_MESSAGES = 4096
 MAX_TOP_LOGPROBS = 20
