@@ -71,13 +71,14 @@ def tokenizer() -> Any:
 TOKENIZER = tokenizer()
 
 
-def engine(seats: Any, context: int = 400, **more: Any) -> BatchEngine:
+def engine(seats: Any, context: int = 400, scored: int = 1000, **more: Any) -> BatchEngine:
     model = SimpleNamespace(
         config=transformers.MixtralConfig(vocab_size=VOCABULARY, eos_token_id=None),
         generation_config=SimpleNamespace(eos_token_id=None),
         understudy=SimpleNamespace(counters=Counters()),
     )
-    fake = SimpleNamespace(model=model, plan=SimpleNamespace(context=context), tokenizer=TOKENIZER)
+    plan = SimpleNamespace(context=context, scored_positions=scored)
+    fake = SimpleNamespace(model=model, plan=plan, tokenizer=TOKENIZER)
     return BatchEngine(fake, seats, **{"max_num_batched_tokens": 16, **more})  # type: ignore[arg-type]
 
 
@@ -264,12 +265,9 @@ def test_what_could_never_run_is_refused_with_the_reason(
     assert "\n" not in str(refused.value)
 
 
-def test_logprobs_of_whole_prompts_are_bounded_by_what_a_step_may_hold(
-    opened: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("understudy.plan.LOGITS_BYTES", 4 * VOCABULARY * 30)
+def test_logprobs_of_whole_prompts_are_bounded_by_what_a_step_may_hold(opened: Any) -> None:
     seats = FakeSeats(whole_prompts=True)
-    batch = opened(seats)
+    batch = opened(seats, scored=30)
     with pytest.raises(CannotFit, match="31 prompt tokens at once exceed the 30"):
         batch.submit(Ask((1,) * 31, 1, GREEDY, prompt_logprobs=0), Listener())
     heard = [Listener() for _ in range(4)]

@@ -68,7 +68,7 @@ class BatchEngine:
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self._scheduler = Scheduler(
             seats, max_rows=max_num_seqs, max_tokens=max_num_batched_tokens,
-            vocab_size=self.vocab_size,
+            max_every=engine.plan.scored_positions,
         )  # fmt: skip
         self._observers: list[Observer] = []
         self._ids = itertools.count()

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from understudy.batch import Chunk, Row, Seats
-from understudy.plan import scored_positions
 
 HEADROOM = 16  # tokens that each answering row should find free when another one comes in
 
@@ -72,12 +71,12 @@ class Scheduler:
         *,
         max_rows: int,
         max_tokens: int,
-        vocab_size: int,
+        max_every: int,
     ) -> None:
-        """``max_rows``, ``max_tokens``: of a step."""
+        """``max_rows``, ``max_tokens``: of a step, ``max_every`` of these with logits at each."""
         self.seats = seats
         self._max_rows, self._max_tokens = max_rows, max_tokens
-        self.max_every = scored_positions(vocab_size)  # tokens of a step with logits at each
+        self.max_every = max_every
         self.waiting: deque[Entry] = deque()
         self.running: list[Entry] = []  # in the order they came in
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
