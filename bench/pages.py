@@ -12,6 +12,7 @@ where a page says something else than its results. Kinds:
     buddy, speculation        what bench/policies.py found: quality, and speed on the twin
     recall, layers            what a profile says of each layer
     gpu, targets, parts       what bench/gpu.py found: cells; what was aimed at; kernels alone
+    served, replay            what bench/serve.py found; what ``understudy bench serve`` said
 """
 
 from __future__ import annotations
@@ -242,6 +243,39 @@ def listed(name: str, known: Sequence[figures.Column]) -> Callable[[Any], str]:
     return made
 
 
+def served(results: Any) -> str:
+    """Batches beside the bytes that their routing needs."""
+    lines = [
+        [
+            row["model"],
+            str(row["batch"]),
+            f"**{row['tokens_per_second']:.1f}** "
+            f"({row['tokens_per_second_min']:.1f}-{row['tokens_per_second_max']:.1f})",
+            f"{row['bound_tokens_per_second']:.1f}",
+            f"{row['of_bound']:.2f}",
+            *(show.size(row[name]) for name in ("union_bytes", "bound_bytes", "read_bytes")),
+        ]
+        for row in results["rows"]
+    ]
+    head = (
+        "model", "batch", "tokens/s (min-max)", "byte bound", "of it", "union per step",
+        "of it missed", "read",
+    )  # fmt: skip
+    return markdown(head, lines)
+
+
+REPLAYED = {"ttft": "TTFT", "tpot": "TPOT", "itl": "between tokens", "e2el": "whole request"}
+
+
+def replay(results: Any) -> str:
+    """Milliseconds, by what a client saw."""
+    lines = [
+        [name, *(show.ms(results[f"{which}_{key}_ms"]) for which in ("median", "p90", "p99"))]
+        for key, name in REPLAYED.items()
+    ]
+    return markdown(("ms", "p50", "p90", "p99"), lines)
+
+
 KINDS: dict[str, Callable[[Any], str]] = {
     "decode": columns(show.DECODE_COLUMNS),
     "prefill": columns(show.PREFILL_COLUMNS),
@@ -258,6 +292,8 @@ KINDS: dict[str, Callable[[Any], str]] = {
     "gpu": columns(figures.COLUMNS),
     "targets": listed("targets", figures.TARGET_COLUMNS),
     "parts": listed("micro", figures.MICRO_COLUMNS),
+    "served": served,
+    "replay": replay,
 }
 
 

@@ -237,11 +237,14 @@ def inspect(source: str | Path, *, max_context: int | None = None) -> Inspection
     )
 
 
-def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) -> int:
+def activations(
+    a: Anatomy, options: Options, context: int, dtype: torch.dtype, scored: int = 0
+) -> int:
     """Working memory of one prefill chunk: the residual stream and its copies, the rows gathered
     for experts and their outputs per rank, and the intermediate rows of one expert; on a device,
     where all are computed in one launch, those of all ranks, and keys and values of the whole
-    context for every head: a recorded step's cache is as long as that from the start."""
+    context for every head: a recorded step's cache is as long as that from the start. ``scored``:
+    positions of prompts whose logits a step of many sequences may have."""
     text = guest.text_config(a.checkpoint.config)
     hidden = int(getattr(text, "hidden_size", 0) or 0)
     k = max(1, guest.experts_per_token(a.checkpoint.config))
@@ -252,16 +255,20 @@ def activations(a: Anatomy, options: Options, context: int, dtype: torch.dtype) 
     whole = guest.repeated_kv_bytes(config, context, dtype.itemsize) if on_device else 0
     tokens = min(options.prefill_chunk_size or context, context)
     working = tokens * per_token * max(4, dtype.itemsize) + whole + _unpacking(a, dtype)
-    return working + _sampling(a, options)
+    return working + _sampling(a, options, min(tokens, scored))
 
 
-def _sampling(a: Anatomy, options: Options) -> int:
+def _sampling(a: Anatomy, options: Options, scored: int) -> int:
     """Working memory of picking tokens for many sequences at once: their logits in float32, as the
-    model made them and as a few processors change them."""
+    model made them and as a few processors change them; or those of ``scored`` positions of a
+    prompt, as the model made them, in float32, and once more while they are read."""
     if options.sequences == 1:
         return 0
-    vocabulary = int(getattr(guest.text_config(a.checkpoint.config), "vocab_size", 0) or 0)
-    return 4 * 4 * options.sequences * vocabulary
+    return 4 * vocabulary(a) * max(4 * options.sequences, 3 * scored)
+
+
+def vocabulary(a: Anatomy) -> int:
+    return int(getattr(guest.text_config(a.checkpoint.config), "vocab_size", 0) or 0)
 
 
 def _unpacking(a: Anatomy, dtype: torch.dtype) -> int:

@@ -17,7 +17,15 @@ import torch
 
 from understudy import model as guest
 from understudy import plan as planning
-from understudy.anatomy import Anatomy, Inspection, Options, activations, inspect, slots_asked
+from understudy.anatomy import (
+    Anatomy,
+    Inspection,
+    Options,
+    activations,
+    inspect,
+    slots_asked,
+    vocabulary,
+)
 from understudy.assembly import Built, Minds, OnHost, make_predictor
 from understudy.core import Counters, LayerEvent
 from understudy.registry import require, require_no_device
@@ -170,7 +178,8 @@ def _fit(
     dtype: torch.dtype,
 ) -> planning.Plan:
     a, total = place.a, place.budget()
-    working, one = activations(a, o, context, dtype), cost.of(context)
+    scored = planning.scored_positions(total, vocabulary(a), o.sequences)
+    working, one = activations(a, o, context, dtype, scored), cost.of(context)
     left = total - dense - working
     kv = planning.kv_budget(o.kv_memory, one, o.sequences, left, a.checkpoint.nbytes)
     plan = planning.fit(
@@ -189,11 +198,16 @@ def _fit(
         format_in_words=a.format_in_words(),
     )
     tokens = context * kv // one if one else context * o.sequences
-    return replace(plan, kv_tokens=tokens, kv_row_tokens=cost.rows_in_tokens(context))
+    return replace(
+        plan,
+        kv_tokens=tokens,
+        kv_row_tokens=cost.rows_in_tokens(context),
+        scored_positions=scored,
+    )
 
 
 def _gathered(a: Anatomy, o: Options, kv: int) -> int:
-    """Keys and values of one layer, of all sequences: attention reads them out of their pages, and
-    holds them twice for a moment."""
+    """Keys and values of one layer that attention reads out of their pages, and holds twice for a
+    moment: of one sequence at a time, or of all of them, where they slide."""
     layers = int(getattr(guest.text_config(a.checkpoint.config), "num_hidden_layers", 0) or 1)
     return 2 * kv // layers if o.sequences > 1 else 0

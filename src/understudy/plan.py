@@ -34,6 +34,11 @@ RESERVE_SHARE = 0.1
 # x86 cores). Without it, the expectation for a small model would be a hundred times too high.
 FRAME_SECONDS_PER_LAYER = 0.8e-3
 
+# Of a step that tells the logprobs of prompts, which need logits at every position: no more than
+# so many bytes, and no more than this share of the budget.
+LOGITS_BYTES = 32 * MIB
+LOGITS_SHARE = 1 / 16
+
 # ------------------------------------------------------------------------------ sizes, as written
 
 # A bare K, M, G, T is binary, as in `docker --memory 8G`; KB, MB, GB, TB are what disk makers mean.
@@ -116,6 +121,7 @@ class Plan:
     format_in_words: str = ""  # what the experts are in, where a person should be told
     kv_tokens: int = 0  # that the KV cache holds, of all sequences together
     kv_row_tokens: int = 0  # tokens' worth of it that a sequence takes whatever its length
+    scored_positions: int = 1  # tokens of prompts whose logprobs one step of many may tell
 
     @property
     def used(self) -> int:
@@ -229,6 +235,15 @@ def kv_budget(asked: str | int, one: int, sequences: int, left: int, checkpoint_
             one,
         )
     return kv
+
+
+def scored_positions(total: int, vocabulary: int, sequences: int) -> int:
+    """Positions of prompts whose logits one step may have, in a budget of ``total``: as many as
+    ``sequences`` need for their next tokens anyway, and more where there is room."""
+    if not vocabulary:
+        return 1
+    room = min(LOGITS_BYTES, int(LOGITS_SHARE * total) // 3)  # see `anatomy.activations`
+    return max(sequences, room // (4 * vocabulary))
 
 
 def _as_given(total: int) -> str:

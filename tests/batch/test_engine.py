@@ -71,13 +71,14 @@ def tokenizer() -> Any:
 TOKENIZER = tokenizer()
 
 
-def engine(seats: Any, context: int = 400, **more: Any) -> BatchEngine:
+def engine(seats: Any, context: int = 400, scored: int = 1000, **more: Any) -> BatchEngine:
     model = SimpleNamespace(
         config=transformers.MixtralConfig(vocab_size=VOCABULARY, eos_token_id=None),
         generation_config=SimpleNamespace(eos_token_id=None),
         understudy=SimpleNamespace(counters=Counters()),
     )
-    fake = SimpleNamespace(model=model, plan=SimpleNamespace(context=context), tokenizer=TOKENIZER)
+    plan = SimpleNamespace(context=context, scored_positions=scored)
+    fake = SimpleNamespace(model=model, plan=plan, tokenizer=TOKENIZER)
     return BatchEngine(fake, seats, **{"max_num_batched_tokens": 16, **more})  # type: ignore[arg-type]
 
 
@@ -138,6 +139,7 @@ def test_company_changes_no_answer(opened: Any) -> None:
     snapshot = batch.snapshot()
     assert snapshot.preemptions > 0, "the test wants some of them"
     assert (snapshot.running, snapshot.waiting, snapshot.kv_used) == (0, 0, 0)
+    assert snapshot.prefix_queries == 0, "these seats look nothing up"
     assert max(len(step) for step in seats.steps) > 3
 
 
@@ -261,6 +263,21 @@ def test_what_could_never_run_is_refused_with_the_reason(
     with pytest.raises(CannotFit, match=reason) as refused:
         batch.submit(Ask(prompt, new, GREEDY), Listener())
     assert "\n" not in str(refused.value)
+
+
+def test_logprobs_of_whole_prompts_are_bounded_by_what_a_step_may_hold(opened: Any) -> None:
+    seats = FakeSeats(whole_prompts=True)
+    batch = opened(seats, scored=30)
+    with pytest.raises(CannotFit, match="31 prompt tokens at once exceed the 30"):
+        batch.submit(Ask((1,) * 31, 1, GREEDY, prompt_logprobs=0), Listener())
+    heard = [Listener() for _ in range(4)]
+    for h in heard:
+        batch.submit(Ask((1,) * 20, 3, GREEDY, prompt_logprobs=0), h)
+    for h in heard:
+        h.wait()
+        (scored,) = [d.prompt_logprobs for d in h.deltas if d.prompt_logprobs]
+        assert len(scored) == 20
+    assert max(sum(n for _, n, of in step if of == "all") for step in seats.steps) <= 30
 
 
 def test_draining_finishes_what_runs_and_takes_nothing_new(opened: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from batch.drive import Driver, greedy_alone
 from families import configs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 import understudy
 from understudy.batch import Chunk, Row
@@ -206,3 +206,21 @@ def test_rows_that_share_pages_may_have_more_tokens_than_there_are_pages(
         driver.answer(rows, 5)  # 432 tokens read, and room for 160
         assert seats.used == 10 * PAGE
     assert [row.tokens[len(prompt) :] for row in rows] == [expected] * 6
+
+
+def test_the_longest_row_fits_alone_whatever_the_mixture_of_layers(tmp_path: Path) -> None:
+    """Pages are given to kinds of layers by the sector, and no two kinds share one."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 3
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, head_dim=8, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=5,
+        layer_types=kinds, sliding_window=128, max_position_embeddings=128, eos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with understudy.load(tmp_path, dtype="float32") as model:
+        for pages in (2, 3, 7):
+            seats = Paged(model, capacity=pages * PAGE, max_rows=2, max_batch_tokens=32)
+            row = Row("alone", [5] * seats.capacity)
+            seats.admit(row)
+            assert seats.reserve(row, seats.capacity)
+            seats.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from batch.fake_seats import VOCABULARY, FakeSeats
+from batch.fake_seats import FakeSeats
 
 from understudy.batch import Row
 from understudy.batch.schedule import Entry, Scheduler
@@ -14,8 +14,8 @@ def entry(name: str, tokens: int, *, answers: bool = True, every: bool = False) 
     return Entry(Row(name, [1] * tokens), answers, every)
 
 
-def scheduler(seats: FakeSeats, *, rows: int = 4, tokens: int = 16, vocab: int = VOCABULARY):
-    return Scheduler(seats, max_rows=rows, max_tokens=tokens, vocab_size=vocab)
+def scheduler(seats: FakeSeats, *, rows: int = 4, tokens: int = 16, every: int = 1000):
+    return Scheduler(seats, max_rows=rows, max_tokens=tokens, max_every=every)
 
 
 def step(s: Scheduler) -> list[tuple[str, int, str]]:
@@ -61,8 +61,7 @@ def test_a_prompt_that_cannot_be_cut_comes_whole_though_it_exceeds_the_step() ->
 
 
 def test_logits_of_every_position_are_limited_by_their_memory() -> None:
-    vocabulary = (64 << 20) // 4 // 6  # so that six positions are all there may be in a step
-    s = scheduler(FakeSeats(), vocab=vocabulary)
+    s = scheduler(FakeSeats(), every=6)
     s.add(entry("a", 8, every=True))
     s.add(entry("b", 8, every=True))
     assert step(s) == [("a", 6, "all")]

@@ -13,11 +13,15 @@ from typing import Any
 import on_a_device
 import pytest
 import torch
+from batch.drive import Driver, greedy_alone
 from families import configs
 from pretend import Pretend
+from transformers import AutoModelForCausalLM
 
 import understudy
 from understudy import on_device
+from understudy.batch.fibers import Fibers
+from understudy.batch.paged import Paged
 from understudy.core import BudgetTooSmall, Counters, ReadFailed, UnderstudyError
 
 PROMPT = [5, 17, 3, 44, 60, 2, 9, 31, 8, 77, 12]
@@ -244,3 +248,22 @@ def test_of_two_devices_the_first_or_the_one_that_is_asked_for(
     for asked, words in (("cuda:2", "only 2 visible"), ("cuda:x", "names no accelerator")):
         with pytest.raises(UnderstudyError, match=words):
             cuda.open_cuda(asked)
+
+
+@pytest.mark.parametrize("kind", [Paged, Fibers])
+def test_many_sequences_at_once_get_the_answers_of_the_cpu(
+    tiny: Any, pretend: Any, kind: Any
+) -> None:
+    folder = tiny("qwen3_moe", "float32")
+    prompts = [PROMPT, PROMPT[:4], PROMPT[3:9]]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    expected = [greedy_alone(plain, prompt, 6) for prompt in prompts]
+    more = {"max_rows": 4, "max_batch_tokens": 32} if kind is Paged else {}
+    with loaded(folder, slots=6, frame="eager") as model:
+        assert model._captured is None, "recorded steps know nothing of rows"
+        driver = Driver(kind(model, capacity=256, **more))
+        rows = [driver.enter(prompt) for prompt in prompts]
+        driver.step({rows[0]: 5})
+        driver.answer(rows, 6)
+    answers = [row.tokens[len(p) :][:6] for row, p in zip(rows, prompts, strict=True)]
+    assert answers == expected

@@ -313,3 +313,14 @@ def test_reads_leap_over_the_file_and_meet_each_block_once(blocks: int) -> None:
 
 def test_memory_is_read_at_a_finite_speed() -> None:
     assert 1e8 < plan.memory_bandwidth(8 * MIB, repeats=1) < 1e13
+
+
+@pytest.mark.parametrize(
+    ("total", "vocabulary", "sequences", "positions"),
+    [(8 << 30, 4096, 32, 2048), (96 << 20, 4096, 32, 128), (8 << 30, 150_000, 32, 55),
+     (1 << 30, 150_000, 64, 64), (50 << 20, 4096, 1, 66), (1 << 30, 0, 8, 1)],
+)  # fmt: skip
+def test_logits_of_a_prompt_take_a_small_part_of_the_budget(
+    total: int, vocabulary: int, sequences: int, positions: int
+) -> None:
+    assert plan.scored_positions(total, vocabulary, sequences) == positions

@@ -16,7 +16,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 
@@ -30,49 +29,21 @@ from understudy.batch import (
     Draining,
     EngineDied,
     Observer,
-    Report,
     Row,
     Seats,
     Snapshot,
     StepReport,
-    TokenLogprob,
 )
-from understudy.batch.sampling import Sampler, logprobs_of
+from understudy.batch.sampling import Sampler
 from understudy.batch.schedule import Entry, Scheduler
 from understudy.batch.text import Answer
+from understudy.batch.ticket import Sink, Ticket
 from understudy.core import Counters
 from understudy.engine import Engine
 
 log = logging.getLogger("understudy.batch")
 
-Sink = Callable[[Delta], None]
-
 IDLE = 0.5  # seconds between looks at the inbox when nobody asks; a new ask wakes the thread
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One ask on its way. Only the engine's thread changes it, but for ``cancelled``."""
-
-    ask: Ask
-    sink: Sink
-    entry: Entry
-    sampler: Sampler
-    answer: Answer
-    times: list[float] = field(default_factory=list)  # of the tokens
-    submitted: float = 0.0
-    begun: float = 0.0  # first step; 0: none yet
-    before: Counters = field(default_factory=Counters)
-    cached: int = 0
-    steps: int = 0
-    shared: int = 0  # rows of those steps, added up
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    cancelled: bool = False
-    over: bool = False
-
-    @property
-    def answered(self) -> list[int]:
-        return self.entry.row.tokens[len(self.ask.prompt) :]
 
 
 class BatchEngine:
@@ -97,7 +68,7 @@ class BatchEngine:
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self._scheduler = Scheduler(
             seats, max_rows=max_num_seqs, max_tokens=max_num_batched_tokens,
-            vocab_size=self.vocab_size,
+            max_every=engine.plan.scored_positions,
         )  # fmt: skip
         self._observers: list[Observer] = []
         self._ids = itertools.count()
@@ -122,9 +93,7 @@ class BatchEngine:
         entry = Entry(row, ask.max_new_tokens > 0, ask.prompt_logprobs is not None)
         sampler = Sampler(ask, self.vocab_size, self.eos_ids)
         answer = Answer(self.tokenizer, ask, self.eos_ids)
-        ticket = Ticket(ask, sink, entry, sampler, answer, submitted=time.perf_counter())
-        if ask.prompt_logprobs is not None:
-            ticket.prompt_logprobs.append(None)
+        ticket = Ticket(ask, sink, entry, sampler, answer)
         with self._wake:
             self._require_open()
             if self._pending >= self.most:
@@ -201,6 +170,12 @@ class BatchEngine:
                 f"{prompt} prompt tokens and {new} new ones exceed the context of {self.context}; "
                 "shorten the prompt or ask for fewer tokens"
             )
+        scored = self._scheduler.max_every
+        if self.seats.whole_prompts and ask.prompt_logprobs is not None and prompt > scored:
+            raise CannotFit(
+                f"logprobs of {prompt} prompt tokens at once exceed the {scored} that this model "
+                "can have, whose prompts are read whole; shorten the prompt"
+            )
 
     def _require_open(self) -> None:
         if self._error is not None:
@@ -254,14 +229,14 @@ class BatchEngine:
             return
         tickets = [self._tickets[chunk.row] for chunk in chunks]
         for ticket in tickets:
-            self._begin(ticket, started, before, len(chunks))
+            ticket.begin(started, before, len(chunks))
         try:
             logits = self.seats.forward(chunks)
         except Exception as e:
             log.warning("a step has failed: %s", e)
             self._fail(tickets, e)
             return
-        read = sum(map(_of_prompt, tickets, chunks))
+        read = sum(map(Ticket.read_in, tickets, chunks))
         new = sum(map(self._guarded, tickets, chunks, logits))
         self._tell_step(started, before, read, new)
 
@@ -270,12 +245,6 @@ class BatchEngine:
         if waiting:
             ticket = self._tickets[waiting[0].row]
             self._fail([ticket], CannotFit("there is no room in the KV cache for this request"))
-
-    def _begin(self, ticket: Ticket, now: float, before: Counters, rows: int) -> None:
-        if not ticket.begun:
-            ticket.begun, ticket.before, ticket.cached = now, before, ticket.entry.row.done
-        ticket.steps += 1
-        ticket.shared += rows
 
     def _guarded(self, ticket: Ticket, chunk: Chunk, logits: torch.Tensor | None) -> int:
         """What a step means for one request. What fails there is its own affair."""
@@ -290,11 +259,11 @@ class BatchEngine:
         """1 if it got a token."""
         row = chunk.row
         if logits is not None and chunk.logits == "all":
-            self._note_prompt(ticket, chunk, logits)
+            ticket.note_prompt(chunk, logits)
         if row.done < len(row.tokens):
             return 0
         if not ticket.entry.answers:
-            self._send(ticket, Delta(prompt_logprobs=_once(ticket), finish="length"))
+            self._send(ticket, Delta(prompt_logprobs=ticket.prompt_logprobs(), finish="length"))
             return 0
         assert logits is not None
         picked = ticket.sampler.pick(logits[-1], ticket.answered)
@@ -305,18 +274,9 @@ class BatchEngine:
         row.tokens.append(picked.token)
         ticket.entry.every = False
         delta = ticket.answer.add(picked, ticket.sampler.complete)
-        delta.prompt_logprobs = _once(ticket)
+        delta.prompt_logprobs = ticket.prompt_logprobs()
         self._send(ticket, delta)
         return 1
-
-    def _note_prompt(self, ticket: Ticket, chunk: Chunk, logits: torch.Tensor) -> None:
-        """Each position foretells the next token of the prompt."""
-        first, prompt = chunk.row.done - chunk.count + 1, ticket.ask.prompt
-        told = prompt[first : first + chunk.count]
-        top = ticket.ask.prompt_logprobs
-        if told and top is not None:
-            # Not appended: a row that was pushed out reads its prompt once more.
-            ticket.prompt_logprobs[first:] = logprobs_of(logits[: len(told)], told, top)
 
     # --------------------------------------------------------------------------------- the ends
 
@@ -332,7 +292,7 @@ class BatchEngine:
         if ticket.over:
             return
         if delta.last:
-            delta.report = report = self._report(ticket)
+            delta.report = report = ticket.report(self._counters())
             self._leave(ticket)
             ticket.over = True  # not before: what raised here is told to it with everybody
             self._tell(lambda o: o.on_finish(ticket.ask, delta.finish or "error", report))
@@ -355,25 +315,6 @@ class BatchEngine:
                 raise
         self._tickets.pop(ticket.entry.row, None)
 
-    def _report(self, ticket: Ticket) -> Report:
-        now, times = time.perf_counter(), ticket.times
-        n, begun = len(times), ticket.begun or now
-        first = times[0] if times else now
-        decode = times[-1] - first if times else 0.0
-        return Report(
-            prompt_tokens=len(ticket.ask.prompt),
-            cached_tokens=ticket.cached,
-            completion_tokens=n,
-            queue_seconds=begun - ticket.submitted,
-            ttft_seconds=first - ticket.submitted if times else 0.0,
-            tpot_seconds=decode / (n - 1) if n > 1 else 0.0,
-            prefill_seconds=first - begun,
-            decode_seconds=decode,
-            e2e_seconds=now - ticket.submitted,
-            mean_batch=ticket.shared / ticket.steps if ticket.steps else 0.0,
-            counters=self._counters() - ticket.before if ticket.begun else Counters(),
-        )
-
     def _tell_step(self, started: float, before: Counters, read: int, new: int) -> None:
         if not self._observers:
             return
@@ -395,18 +336,6 @@ class BatchEngine:
                 what(observer)
             except Exception:
                 log.exception("%s has failed", type(observer).__name__)
-
-
-def _of_prompt(ticket: Ticket, chunk: Chunk) -> int:
-    """Tokens of the prompt that a step has read."""
-    prompt, done = len(ticket.ask.prompt), chunk.row.done
-    return min(done, prompt) - min(done - chunk.count, prompt)
-
-
-def _once(ticket: Ticket) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's logprobs, with the first delta only."""
-    found, ticket.prompt_logprobs = ticket.prompt_logprobs, []
-    return tuple(found) or None
 
 
 def _eos_ids(engine: Engine) -> frozenset[int]:

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
+from math import lcm
 from typing import Any
 
 import torch
 from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache import (
+    PagedAttentionCache,
+    group_layers_by_attn_type,
+)
 from transformers.generation.continuous_batching.distributed import DistributedHelper
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -46,20 +50,11 @@ class Paged:
         self._plain_attention = model.config._attn_implementation
         pages = -(-capacity // PAGE)
         self.capacity = pages * PAGE
-        config = ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=pages,
-            max_batch_tokens=max_batch_tokens,
-            max_requests_per_batch=max(2, max_rows),  # two rehearse
-            max_blocks_per_request=0,
-            max_memory_percent=1e6,  # the plan has paid for it; this would ask the machine
-            use_cuda_graph=False,
-        )
         prompts = _rehearsal(model, min(max_batch_tokens, self.capacity // 2))
         try:
             with guest.without_experts(model), guest.quiet(), torch.inference_mode():
                 expected = [_plain_logits(model, ids) for ids in prompts]
-                self._open(config)
+                self._open(pages, max_rows, max_batch_tokens)
                 rows = [Row(f"rehearsal {i}", ids) for i, ids in enumerate(prompts)]
                 found = self._rehearse(rows)
         except _REFUSALS as e:
@@ -70,8 +65,17 @@ class Paged:
                 self.close()
                 raise Unpaged(f"{type(model).__name__} attends in another way")
 
-    def _open(self, config: ContinuousBatchingConfig) -> None:
+    def _open(self, pages: int, max_rows: int, max_batch_tokens: int) -> None:
         model, text = self.model, guest.text_config(self.model.config)
+        config = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=pages + _lost_to_sectors(text),
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=max(2, max_rows),  # two rehearse
+            max_blocks_per_request=0,
+            max_memory_percent=1e6,  # the plan has paid for it; this would ask the machine
+            use_cuda_graph=False,
+        )
         self.cache: Any = PagedAttentionCache(
             text, config, model.device, DistributedHelper(None, None), model.dtype, True
         )
@@ -149,6 +153,13 @@ class Paged:
             self.release(row)
         self.cache.reset()
         return found
+
+
+def _lost_to_sectors(text: Any) -> int:
+    """Pages that the longest row may leave unused: a sector is of one kind of layers, and as large
+    as the least common multiple of their numbers; all but one kind may leave one unfilled."""
+    layers = [len(of_kind) for of_kind in group_layers_by_attn_type(text).values()]
+    return -(-(len(layers) - 1) * lcm(*layers) // sum(layers))
 
 
 # How a family shows that it keeps or computes something else than pages of keys and values.

@@ -23,7 +23,7 @@ from understudy.batch import Ask, Sampling, TokenLogprob
 from understudy.core import UnderstudyError
 
 COLDEST = 1e-5  # below it a temperature is greedy: logits divided by less overflow
-SLICE = 2**22  # logits that prompt logprobs look at together: 16 MiB
+SLICE = 2**20  # logits that prompt logprobs look at together: 4 MiB
 
 Step = Callable[[Tensor, Sequence[int]], Tensor]  # (scores [V], the answer so far) -> scores [V]
 

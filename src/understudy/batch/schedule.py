@@ -13,13 +13,12 @@ something always moves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from understudy.batch import Chunk, Row, Seats
 
 HEADROOM = 16  # tokens that each answering row should find free when another one comes in
-LOGITS_BYTES = 64 << 20  # of one step's prompt logprobs: they need logits of every position
 
 
 @dataclass(eq=False, slots=True)
@@ -46,9 +45,12 @@ class _Step:
 
     def share(self, entry: Entry, whole_prompts: bool) -> int:
         """Tokens of ``entry`` that may come in; 0: not in this step."""
-        if whole_prompts and entry.left > 1:
-            return entry.left if entry.left <= self.tokens or (self.whole and self.tokens) else 0
-        return min(entry.left, self.tokens, self.every if entry.every else self.tokens)
+        left = entry.left
+        scored = self.every if entry.every else left
+        if whole_prompts and left > 1:
+            fits = left <= self.tokens or (self.whole and self.tokens > 0)
+            return left if fits and left <= scored else 0
+        return min(left, self.tokens, scored)
 
     def take(self, entry: Entry, count: int) -> Chunk:
         self.whole = self.whole and count == 1
@@ -69,13 +71,12 @@ class Scheduler:
         *,
         max_rows: int,
         max_tokens: int,
-        vocab_size: int,
-        pushed_out: Callable[[Row], None] = lambda row: None,
+        max_every: int,
     ) -> None:
-        """``max_rows``, ``max_tokens``: of a step. ``pushed_out``: told of every preemption."""
-        self.seats, self._pushed_out = seats, pushed_out
+        """``max_rows``, ``max_tokens``: of a step, ``max_every`` of these with logits at each."""
+        self.seats = seats
         self._max_rows, self._max_tokens = max_rows, max_tokens
-        self._max_every = max(1, LOGITS_BYTES // (4 * vocab_size))
+        self.max_every = max_every
         self.waiting: deque[Entry] = deque()
         self.running: list[Entry] = []  # in the order they came in
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
@@ -95,12 +96,12 @@ class Scheduler:
         """The next step, room reserved for all of it; empty: nobody is there, or who waits finds
         no room although nobody runs."""
         chunks: list[Chunk] = []
-        step = _Step(self._max_tokens, self._max_every)
+        step = _Step(self._max_tokens, self.max_every)
         for entry in self._in_turn():
             count = step.share(entry, self.seats.whole_prompts)
             if count and self._make_room(entry, count, chunks):
                 chunks.append(step.take(entry, count))
-        while self.waiting and len(self.running) < self._max_rows:
+        while self.waiting and step.tokens and len(self.running) < self._max_rows:
             count = self._enter(self.waiting[0], step)
             if not count:
                 break
@@ -128,7 +129,6 @@ class Scheduler:
         self.seats.release(entry.row)
         self.waiting.appendleft(entry)
         chunks[:] = [chunk for chunk in chunks if chunk.row is not entry.row]
-        self._pushed_out(entry.row)
 
     def _enter(self, entry: Entry, step: _Step) -> int:
         """Tokens of a waiting row for this step; it comes in if there is room for all that is known
@@ -141,6 +141,7 @@ class Scheduler:
         if not (count and fits and seats.reserve(row, entry.left)):
             seats.release(row)
             return 0
-        self.prefix_queries += len(row.tokens)
-        self.prefix_hits += found
+        if seats.prefix_sharing and row.shares_prefix:
+            self.prefix_queries += len(row.tokens)
+            self.prefix_hits += found
         return count
