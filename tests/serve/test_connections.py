@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import struct
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serve.conftest import Running, running, until
+from serve.conftest import Running, running, settings, until
 from serve.fake_batch import FakeBatch
 
+from understudy.batch import Ask
 from understudy.core import ReadFailed, UnderstudyError
 from understudy.serve import run
+from understudy.serve.answers import Answers
+from understudy.serve.served import Served
 
 USER = [{"role": "user", "content": "Hi"}]
 ENDLESS = {"messages": USER, "ignore_eos": True, "stream": True}
@@ -115,6 +119,18 @@ def test_a_client_that_lags_too_far_behind_is_cut_off(batch: FakeBatch) -> None:
         until(lambda: batch.running == 0, seconds=10)
         assert b"the client reads too slowly" in read_all(connection)
         connection.close()
+
+
+def test_many_answers_may_lag_as_many_steps_as_one(batch: FakeBatch) -> None:
+    """A loop that was busy for a while is not its client's fault."""
+
+    async def read_late() -> int:
+        answers = Answers(Served.of(batch, settings(backlog=50)))
+        answers.submit([Ask((1,), 40, ignore_eos=True) for _ in range(8)])
+        until(lambda: batch.running == 0)  # nothing can be read meanwhile
+        return len([arrived async for arrived in answers.deltas(8) if arrived])
+
+    assert asyncio.run(read_late()) == 8 * 40
 
 
 def test_a_body_must_arrive_in_time(batch: FakeBatch) -> None:

@@ -206,13 +206,16 @@ def test_arguments_of_a_call_that_are_no_arguments(client: Client) -> None:
         check(client.post(CHAT, history(wrong)), CHAT, wrong[:20].encode())
 
 
-def test_arguments_are_a_part_of_the_prompt(
+def test_arguments_and_tools_are_a_part_of_the_prompt(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Megabytes are refused before anybody tries to tokenize them."""
     monkeypatch.setattr(type(client.stage.require().tools), "render", pytest.fail)
-    response = client.post(CHAT, history("word and " * 100_000))
-    assert response.json()["error"]["code"] == "context_length_exceeded"
+    tool = {"name": "f", "parameters": {"type": "object", "description": "word and " * 5000}}
+    tools = {**GOOD[CHAT], "tools": [{"type": "function", "function": tool}]}
+    for body in (history("word and " * 100_000), tools):
+        response = client.post(CHAT, body)
+        assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_what_is_json_is_read() -> None:

@@ -34,6 +34,7 @@ class Answers:
         self._lock = threading.Lock()
         self._tickets: dict[int, Any] = {}
         self._closed = self._overrun = False
+        self._backlog = 0  # deltas that may wait to be read
         limit = self._settings.request_timeout
         self._deadline = None if limit is None else self._loop.time() + limit
 
@@ -53,6 +54,7 @@ class Answers:
                 f"{len(asks)} answers are wanted; this server takes at most {self._batch.most} "
                 "at once, waiting ones included"
             )
+        self._backlog = self._settings.backlog * len(asks)
         for number, ask in enumerate(asks):
             ticket = self._batch.submit(ask, partial(self._from_engine, number))
             with self._lock:
@@ -68,7 +70,7 @@ class Answers:
 
     def _arrive(self, number: int, delta: Delta) -> None:
         """On the loop, also while a stream is stuck in sending: the queue stays bounded."""
-        if self._arrived.qsize() < self._settings.backlog:
+        if self._arrived.qsize() < self._backlog:
             self._arrived.put_nowait((number, delta))
         else:
             self._overrun = True

@@ -7,6 +7,7 @@ becomes of an answer. Everything here may take a while and runs in a thread.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -102,7 +103,7 @@ def texts_of(body: Conversation, with_tools: bool) -> Iterator[str]:
         calls = message.tool_calls if isinstance(message, FromAssistant) else None
         yield from (call.function.arguments for call in calls or ())
     for tool in (body.tools or ()) if with_tools else ():
-        yield tool.function.description or ""
+        yield json.dumps(tool.function.model_dump(exclude_none=True))
 
 
 def template_arguments(tokenizer: Any, body: Conversation) -> dict[str, Any]:
