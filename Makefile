@@ -3,7 +3,7 @@
 # make lint   install into .venv and run ruff and mypy
 # make bench-smoke   the ratios that matter, on small models, without peers, in under three minutes
 # make bench-peers   install who we are compared with (builds llama.cpp for this CPU: ten minutes)
-# make bench         everything beside the peers, with memory limits (needs root; half an hour)
+# make bench         everything beside the peers, with memory limits (needs root; three quarters of an hour)
 #
 # The install is done once and again when pyproject.toml or constraints.txt change.
 
@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/prefill.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/serve.py
 
 # From source and for this CPU: a build for every CPU would not be llama.cpp at its best.
 bench-peers: $(STAMP)
