@@ -102,25 +102,6 @@ def test_the_logprobs_of_a_prompt_are_those_of_transformers(
     assert len(told["tokens"]) == len(ids) + 1
 
 
-def test_lm_eval_reads_the_same_numbers_over_http(process: Process) -> None:
-    over_http = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI(
-        model=str(COARSE),  # as on the command line: lm-eval loads its tokenizer by this name
-        base_url=process.url + "/v1/completions",
-        tokenizer_backend="huggingface",
-        batch_size=3,
-    )
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    pairs = [(PROMPT, answer) for answer in (" a, b, c, d", " d, c, b, a", " a")]
-    pairs += [("", "The sea was calm."), ("Question: What is 2 + 2?\nAnswer:", " 4")]
-    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
-    expected = HFLM(str(COARSE), device="cpu", dtype="float32").loglikelihood(asked)
-    told = over_http.loglikelihood(asked)
-    assert [greedy for _, greedy in told] == [greedy for _, greedy in expected]
-    assert [total for total, _ in told] == pytest.approx([t for t, _ in expected], abs=1e-3)
-
-
 def test_structure_is_kept(process: Process) -> None:
     schema = {
         "type": "object",

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from schemathesis import GenerationMode, checks  # noqa: E402
 
-CASES = int(os.environ.get("UNDERSTUDY_FUZZ_CASES", "100"))
+CASES = int(os.environ.get("UNDERSTUDY_FUZZ_CASES", "60"))
 SEED = int(os.environ.get("UNDERSTUDY_FUZZ_SEED", "7"))
 # Where a body decides, most cases.
 SHARES = {"/v1/chat/completions": 8, "/v1/completions": 6, "/tokenize": 3, "/detokenize": 2}
