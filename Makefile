@@ -1,7 +1,7 @@
 # make demo   install into .venv and show a MoE that is larger than its memory
 # make test   install into .venv and run the tests
 # make lint   install into .venv and run ruff and mypy
-# make bench-smoke   the ratios that matter, on small models, without peers, in under three minutes
+# make bench-smoke   the ratios that matter, on small models, without peers, in about four minutes
 # make bench-peers   install who we are compared with (builds llama.cpp for this CPU: ten minutes)
 # make bench         everything beside the peers, with memory limits (needs root; three quarters of an hour)
 #

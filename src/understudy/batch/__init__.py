@@ -228,6 +228,11 @@ class Chunk:
     count: int
     logits: Literal["none", "last", "all"]
 
+    @property
+    def wanted(self) -> int:
+        """Positions at its end whose logits somebody wants."""
+        return {"none": 0, "last": 1, "all": self.count}[self.logits]
+
 
 class Seats(Protocol):
     """Where the KV caches of running sequences are, and the forward over all of them.

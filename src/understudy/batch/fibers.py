@@ -214,7 +214,7 @@ class Fibers:
         """What the fiber of ``chunk`` does."""
         row = chunk.row
         tokens = row.tokens[row.done : row.done + chunk.count]
-        wanted = {"none": 0, "last": 1, "all": chunk.count}[chunk.logits]
+        wanted = chunk.wanted
 
         def work() -> torch.Tensor | None:
             if seat.donor is not None:

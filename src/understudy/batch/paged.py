@@ -188,9 +188,8 @@ def _positions(chunks: Sequence[Chunk]) -> list[int]:
     found: list[int] = []
     end = 0
     for chunk in chunks:
-        start, end = end, end + chunk.count
-        first = {"none": end, "last": end - 1, "all": start}[chunk.logits]
-        found.extend(range(first, end))
+        end += chunk.count
+        found.extend(range(end - chunk.wanted, end))
     return found
 
 
@@ -198,7 +197,6 @@ def _split(chunks: Sequence[Chunk], logits: torch.Tensor) -> list[torch.Tensor |
     parts: list[torch.Tensor | None] = []
     at = 0
     for chunk in chunks:
-        n = {"none": 0, "last": 1, "all": chunk.count}[chunk.logits]
-        parts.append(logits[at : at + n] if n else None)
-        at += n
+        parts.append(logits[at : at + chunk.wanted] if chunk.wanted else None)
+        at += chunk.wanted
     return parts

@@ -18,6 +18,7 @@ Grad mode belongs to the thread, contexts to greenlets: the hub holds the first 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
@@ -27,6 +28,8 @@ import torch
 from greenlet import GreenletExit, greenlet
 
 from understudy.core import Forward, current_forward
+
+log = logging.getLogger("understudy.batch")
 
 # ---------------------------------------------------------------------------------------- fibers
 
@@ -140,6 +143,8 @@ class Hub:
             step.residuals = merged([f.residuals for f in own], counts)
         except NotMerged as e:
             step.router_args, step.residuals = {}, {}
+            if layer not in self._apart:
+                log.warning("layer %d is not looked ahead for several rows at once: %s", layer, e)
             self._apart[layer] = str(e)
 
 
